@@ -1,0 +1,120 @@
+"""Checkpoints: a folder of safetensors with a JSON manifest. A run killed at any instant finds the last whole one.
+
+Written to a hidden folder, flushed to disk, then renamed: a folder named `step_NNNNNNNN` is complete. Nothing is pickled.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    every: int = 500
+    keep: int = 3
+    resume: Literal["latest", False] | str = "latest"
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.every < 1:
+            yield "every", f"{self.every} is not positive; a checkpoint is what a killed run goes on from"
+        if self.keep < 1:
+            yield "keep", f"{self.keep} is not positive; keep at least 1"
+
+
+def fsync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a small text file: readers see the old one or the new one."""
+    part = path.with_name(f".{path.name}.part")
+    with open(part, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, path)
+    fsync_folder(path.parent)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def complete(folder: Path) -> list[Path]:
+    """The whole checkpoints of a folder, oldest first."""
+    return sorted(p for p in folder.glob("step_*") if p.is_dir())
+
+
+def save(
+    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
+) -> Path:
+    """Write `step_NNNNNNNN` with one safetensors file per name and the manifest; then drop all but the newest `keep`."""
+    final, part = folder / f"step_{step:08d}", folder / f".part-{step:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
+    part.mkdir()
+    files = {}
+    for name, values in tensors.items():
+        path = part / f"{name}.safetensors"
+        save_file({key: value.detach().contiguous() for key, value in values.items()}, path)
+        with open(path, "rb") as f:
+            os.fsync(f.fileno())
+        files[path.name] = _sha256(path)
+    write_atomic(part / MANIFEST, json.dumps({"step": step, "files": files, **state}, indent=1))
+    if final.exists():  # the same step again, after a resume from an older one
+        _remove(final)
+    os.rename(part, final)
+    fsync_folder(folder)
+    for old in complete(folder)[:-keep]:
+        _remove(old)
+    return final
+
+
+def _remove(path: Path) -> None:
+    """Rename first, so that a half-removed checkpoint never looks like a whole one."""
+    doomed = path.with_name(f".part-old-{path.name}")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed run left half-written."""
+    for part in folder.glob(".part-*"):
+        shutil.rmtree(part)
+
+
+def find(folder: Path, resume: str | bool) -> Path | None:
+    """What `checkpoint.resume` names: the newest of `folder`, a given checkpoint, or nothing."""
+    if resume is False:
+        return None
+    if resume == "latest":
+        found = complete(folder)
+        return found[-1] if found else None
+    path = Path(str(resume))
+    if not (path / MANIFEST).is_file():
+        raise ValueError(f"checkpoint.resume = '{resume}' has no {MANIFEST}; give a step_NNNNNNNN folder, or 'latest'")
+    return path
+
+
+def load(path: Path, device: str = "cpu") -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """(manifest, tensors by file name); ValueError when a file is missing or is not what was written."""
+    manifest = json.loads((path / MANIFEST).read_text())
+    for name, digest in manifest["files"].items():
+        if not (path / name).is_file() or _sha256(path / name) != digest:
+            raise ValueError(f"{path / name} is damaged; remove {path} to go on from the checkpoint before it")
+    return manifest, {Path(name).stem: load_file(path / name, device=device) for name in manifest["files"]}

@@ -1,0 +1,64 @@
+"""One network with its schedule: everyone else sees a denoiser, whatever the network predicts.
+
+B batch; latents are [B, C, ..]; times are float64 [B] on the host.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastdmd.schedule import Schedule, coeffs, per_sample
+from fastdmd_kernels import guide
+
+__all__ = ["Batch", "Cond", "Denoiser", "guide"]
+
+
+@dataclass(frozen=True)
+class Cond:
+    """What a network is conditioned on: text [B, S, text_dim]."""
+
+    text: Tensor
+
+    def cat(self, other: "Cond") -> "Cond":
+        return Cond(torch.cat([self.text, other.text]))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: condition, the condition of guidance's other side, and clean latents where the data has them."""
+
+    cond: Cond
+    uncond: Cond
+    latent_shape: tuple[int, ...]  # without B
+    x0: Tensor | None = None
+
+
+class Denoiser(nn.Module):
+    """(x_t, t, cond) -> x0. `F` is the raw output; the arithmetic around the network is float32."""
+
+    def __init__(self, net: nn.Module, schedule: Schedule) -> None:
+        super().__init__()
+        self.net, self.schedule = net, schedule
+        self.flops = 0  # of all calls so far with their backward, counted on the host; the trainer reads it
+
+    def raw(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """F [B, C, ..] float32 of x_t at times t."""
+        return self._call(x_t, coeffs(self.schedule, t, x_t.device).model_t, cond)
+
+    def raw_pair(self, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond) -> tuple[Tensor, Tensor]:
+        """(F_c, F_u): both sides of guidance in one batched call."""
+        model_t = coeffs(self.schedule, t, x_t.device).model_t
+        return self._call(torch.cat([x_t, x_t]), model_t.repeat(2), cond.cat(uncond)).chunk(2)  # type: ignore[return-value]
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """x0 [B, C, ..] float32."""
+        c = coeffs(self.schedule, t, x_t.device)
+        return per_sample(c.a, x_t) * x_t + per_sample(c.b, x_t) * self._call(x_t, c.model_t, cond)
+
+    def _call(self, x_t: Tensor, model_t: Tensor, cond: Cond) -> Tensor:
+        F = self.net(x_t, model_t, cond).float()
+        # a backward costs one forward for the inputs and one for the parameters
+        backward = F.requires_grad * (1 + any(p.requires_grad for p in self.net.parameters()))
+        self.flops += self.net.flops(x_t.shape, cond.text.shape[1]) * (1 + backward)
+        return F

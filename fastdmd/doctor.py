@@ -1,0 +1,28 @@
+"""What `fastdmd doctor` shows: versions, the device, the backend of each op."""
+
+import platform
+from importlib import metadata
+
+import torch
+
+from fastdmd.precision import pick_device
+
+PACKAGES = ("torch", "triton", "diffusers", "transformers", "safetensors", "tensorboard", "wandb")
+OPS = {"attention": "torch (scaled_dot_product_attention)", "dmd_loss": "torch", "sid_loss": "torch"}
+
+
+def version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def report() -> str:
+    device = pick_device("auto")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    lines = [f"python        {platform.python_version()}"]
+    lines += [f"{package:13} {version(package)}" for package in PACKAGES]
+    lines += [f"device        {device} ({name}), {torch.get_num_threads()} threads"]
+    lines += [f"{op:13} {backend}" for op, backend in OPS.items()]
+    return "\n".join(lines)

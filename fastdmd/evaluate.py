@@ -1,0 +1,109 @@
+"""How good the student is: scores during the run, and at its end the comparison with the teacher."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastdmd import validate
+from fastdmd.checkpoint import write_atomic
+from fastdmd.hardware import peak_memory_gb
+from fastdmd.log import RunLog
+from fastdmd.report import write_report
+from fastdmd.validate import Sampler
+
+if TYPE_CHECKING:
+    from fastdmd.train import Run
+
+Scores = dict[str, float | None]
+NOT_SCORED: Scores = {"oracle": None, "swd": None}
+
+
+@contextmanager
+def validation_weights(run: "Run") -> Iterator[None]:
+    """The student with the weights that `validation.weights` names; the training weights are back bit for bit after."""
+    if run.ema is None or run.config.validation.weights == "student":
+        yield
+        return
+    parameters = dict(run.nets["student"].net.named_parameters())
+    kept = {name: p.detach().clone() for name, p in parameters.items()}
+    try:
+        for name, p in parameters.items():
+            p.data.copy_(run.ema.shadow[name])
+        yield
+    finally:
+        for name, p in parameters.items():
+            p.data.copy_(kept[name])
+
+
+def samplers(run: "Run") -> dict[str, Sampler]:
+    """By the names of summary.json: the student's sampler, and the teacher's with many steps and with the student's."""
+    config, times = run.config.validation, run.method.times
+    student, teacher = run.nets["student"], run.nets.get("teacher")
+    w = config.teacher_guidance if config.teacher_guidance is not None else getattr(run.config.method, "guidance", 1.0)
+    if times is None:
+        return {"student": validate.ode_sampler(student, run.schedule, config.teacher_steps, w)}
+    found = {"student": validate.student_sampler(student, times)}
+    if teacher is not None:
+        found["teacher_50"] = validate.ode_sampler(teacher, run.schedule, config.teacher_steps, w)
+        found["teacher_few"] = validate.ode_sampler(teacher, run.schedule, len(times), w)
+    return found
+
+
+def sample(run: "Run", who: str, prompts: Sequence[str], seed: int) -> Tensor:
+    """Latents [n, C, T, H, W] of one sampler."""
+    config, known = run.config.validation, samplers(run)
+    if who not in known:
+        raise ValueError(f"'{who}' is not one of {', '.join(known)}, the samplers of this run")
+    with validation_weights(run):
+        return validate.generate(known[who], run.world, prompts, config.batch_size, seed, run.device, f"sampling {who}")
+
+
+def validation_sample(run: "Run", who: str) -> tuple[Tensor, Scores]:
+    """The fixed validation videos of one sampler, and their scores."""
+    config = run.config.validation
+    prompts = validate.prompts_for(config, run.world)
+    x0 = sample(run, who, prompts, config.seed)
+    return x0, run.world.scores(x0, prompts, config.seed)
+
+
+def write_samples(run: "Run", who: str, prompts: Sequence[str] | None, folder: Path, seed: int) -> Path:
+    """Videos for prompts (absent: the validation prompts that are shown) as NN.webp, and latents.safetensors."""
+    prompts = prompts or validate.prompts_for(run.config.validation, run.world)[: run.config.validation.show]
+    x0 = sample(run, who, prompts, seed)
+    for i, pixels in enumerate(run.world.pixels(x0)):
+        validate.save_webp(folder / f"{i:02d}.webp", pixels)
+    save_file({"x0": x0.cpu().contiguous()}, folder / "latents.safetensors")
+    return folder
+
+
+def validate_step(run: "Run", log: RunLog) -> None:
+    """Score the student now, and keep its pictures."""
+    x0, scores = validation_sample(run, "student")
+    log.write(run.step, {f"valid/{name}": value for name, value in scores.items()})
+    keep_pictures(run, f"step_{run.step:08d}", x0)
+
+
+def keep_pictures(run: "Run", name: str, x0: Tensor) -> None:
+    for i, pixels in enumerate(run.world.pixels(x0[: run.config.validation.show])):
+        validate.save_webp(run.folder / "samples" / name / f"{i:02d}.webp", pixels)
+
+
+def finish(run: "Run") -> None:
+    """summary.json, the pictures of every sampler, and report.html."""
+    scores = {"student": NOT_SCORED, "teacher_50": NOT_SCORED, "teacher_few": NOT_SCORED}
+    for who in samplers(run) if run.config.validation.teacher_reference else ["student"]:
+        x0, scores[who] = validation_sample(run, who)
+        keep_pictures(run, who, x0)
+    summary = {
+        "scores": scores,
+        "steps": run.step,
+        "seconds": round(run.seconds, 1),
+        "peak_mem_gb": round(peak_memory_gb(run.device), 3),
+    }
+    write_atomic(run.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_report(run.folder, validate.prompts_for(run.config.validation, run.world)[: run.config.validation.show])

@@ -1,0 +1,150 @@
+"""What DMD and SiD share: a student that is sampled, a critic that learns the student's score, and score times.
+
+DMD 2311.18828, DMD2 2405.14867, Self-Forcing 2506.08009. B batch; latents [B, C, T, H, W].
+"""
+
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdmd import rollout as rollouts
+from fastdmd.denoiser import Batch, Denoiser, guide
+from fastdmd.rng import Rng
+from fastdmd.schedule import Coeffs, add_noise, coeffs, shift, student_times, unshift
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticConfig:
+    path: str | None = None  # weights to start from; absent: model.path
+    updates_per_generator: int = 5
+    updates_per_rollout: int = 1  # critic updates that share one rollout, so one step
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        G, R = self.updates_per_generator, self.updates_per_rollout
+        for key, value in (("updates_per_generator", G), ("updates_per_rollout", R)):
+            if value < 1:
+                yield key, f"{value} is not positive; DMD2 uses 5 and 1"
+        if G >= 1 and R >= 1 and G % R:
+            yield "updates_per_rollout", f"{R} does not divide updates_per_generator = {G}; use one of {_divisors(G)}"
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """Keys of [method] that DMD and SiD share."""
+
+    denoising_timesteps: tuple[float, ...]  # the student's steps, model timesteps in (0, 1000], descending
+    guidance: float  # teacher, uncond + w (cond - uncond); published real_guidance_scale g is w = g + 1
+    warp_timesteps: bool = False  # denoising_timesteps are nominal and go through flow_shift
+    critic_guidance: float = 1.0
+    score_timestep_shift: float | None = None  # absent: schedule.flow_shift
+    score_timestep_range: tuple[float, float] = (0.02, 0.98)
+    score_window: Literal["none", "lower", "upper", "both"] = "none"
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        steps = list(self.denoising_timesteps)
+        if not steps:
+            yield "denoising_timesteps", "is empty; e.g. [1000, 757, 522]"
+        elif not all(0 < t <= 1000 for t in steps):
+            yield "denoising_timesteps", f"{steps} leaves (0, 1000]; model timesteps are 1000 sigma"
+        elif sorted(set(steps), reverse=True) != steps:
+            yield "denoising_timesteps", f"{steps} does not descend; use {sorted(set(steps), reverse=True)}"
+        elif steps[0] != 1000:
+            yield "denoising_timesteps", f"{steps} starts at {steps[0]:g}; sampling starts from pure noise, so at 1000"
+        if self.score_timestep_shift is not None and self.score_timestep_shift <= 0:
+            yield "score_timestep_shift", f"{self.score_timestep_shift} is not positive; 1 is off"
+        low, high = self.score_timestep_range
+        if not 0 < low < high <= 1:
+            yield "score_timestep_range", f"[{low}, {high}] is not ascending inside (0, 1]; e.g. [0.02, 0.98]"
+
+
+class Scores(NamedTuple):
+    """Both scores at z, the student's output noised to score time s."""
+
+    z: Tensor
+    F_fake: Tensor
+    F_c: Tensor
+    F_u: Tensor | None
+    c: Coeffs
+
+
+class ScoreDistillation:
+    """Base of DMD and SiD; they add the student's loss."""
+
+    roles: ClassVar = {"student": "train", "teacher": "frozen", "critic": "train"}
+    uses: ClassVar = ("critic", "rollout")  # config tables beside [method]
+
+    def __init__(self, config: Any, *, flow_shift: float, rollout: rollouts.Config, critic: CriticConfig) -> None:
+        self.config, self.rollout_config = config, rollout
+        self.times = student_times(config.denoising_timesteps, config.warp_timesteps, flow_shift)
+        self.score_shift = flow_shift if config.score_timestep_shift is None else config.score_timestep_shift
+        self.rollouts_per_generator = critic.updates_per_generator // critic.updates_per_rollout
+        self.critic_phases = ("critic",) * critic.updates_per_rollout
+
+    def phases(self, step: int) -> tuple[str, ...]:
+        """One rollout a step; every k-th also trains the student, k = updates_per_generator / updates_per_rollout."""
+        return (("student",) if step % self.rollouts_per_generator == 0 else ()) + self.critic_phases
+
+    def rollout(
+        self, nets: Mapping[str, Denoiser], batch: Batch, rng: Rng, carry: MutableMapping[str, Any], grad: bool
+    ) -> rollouts.Rollout:
+        """The step's rollout: made by its first phase, without gradient for the others."""
+        if "rollout" not in carry:
+            made = rollouts.rollout(nets["student"], batch, self.times, self.rollout_config, rng, grad)
+            carry["rollout"] = made.detach()
+            return made
+        return carry["rollout"]
+
+    def score_time(self, rng: Rng, made: rollouts.Rollout) -> Tensor:
+        """s float64 [B], one for all frames: u ~ U[0, 1), shifted, then clamped to the range.
+
+        A window cuts the shifted law to (next step's time, exit step's time) before the clamp.
+        """
+        window = self.config.score_window
+        low = made.next_t if window in ("lower", "both") else 0.0
+        high = made.exit_t if window in ("upper", "both") else 1.0
+        u_low, u_high = (unshift(torch.tensor(edge, dtype=torch.float64), self.score_shift) for edge in (low, high))
+        s = shift(u_low + (u_high - u_low) * rng.uniform(), self.score_shift)
+        return s.clamp(*self.config.score_timestep_range)
+
+    def scores(
+        self, nets: Mapping[str, Denoiser], x0: Tensor, made: rollouts.Rollout, batch: Batch, rng: Rng
+    ) -> Scores:
+        """Critic and teacher at z = alpha(s) x0 + sigma(s) eps; guidance is one batched call, left out when it is off."""
+        critic, teacher, config = nets["critic"], nets["teacher"], self.config
+        s = self.score_time(rng, made)
+        z = add_noise(critic.schedule, x0, rng.normal(batch.latent_shape), s)
+        if config.critic_guidance == 1:
+            F_fake = critic.raw(z, s, batch.cond)
+        else:
+            F_fc, F_fu = critic.raw_pair(z, s, batch.cond, batch.uncond)
+            F_fake = guide(F_fu, F_fc, config.critic_guidance)
+        if config.guidance == 1:
+            F_c, F_u = teacher.raw(z, s, batch.cond), None
+        else:
+            F_c, F_u = teacher.raw_pair(z, s, batch.cond, batch.uncond)
+        return Scores(z, F_fake, F_c, F_u, coeffs(teacher.schedule, s, z.device))
+
+    def mask(self, x0: Tensor) -> Tensor | None:
+        """Which elements carry the loss: the last `grad_frames` frames of [B, C, T, H, W], or all."""
+        k = self.rollout_config.grad_frames
+        if k is None:
+            return None
+        frames = torch.arange(x0.shape[2], device=x0.device) >= x0.shape[2] - k
+        return frames.view(1, 1, -1, 1, 1)
+
+    def critic_loss(
+        self, nets: Mapping[str, Denoiser], batch: Batch, rng: Rng, carry: MutableMapping[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """mean((F_critic(z, s) - target)^2) on the student's samples, conditional only."""
+        critic = nets["critic"]
+        made = self.rollout(nets, batch, rng, carry, grad=False)
+        s, eps = self.score_time(rng, made), rng.normal(batch.latent_shape)
+        F = critic.raw(add_noise(critic.schedule, made.x0_g, eps, s), s, batch.cond)
+        return (F - critic.schedule.target(made.x0_g, eps, s)).square().mean(), {}

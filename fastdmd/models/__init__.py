@@ -1,0 +1,1 @@
+"""Network families. Only here are diffusers and transformers imported."""

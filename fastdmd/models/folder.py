@@ -1,0 +1,140 @@
+"""Diffusers folders: a Wan transformer in and out, with no key map, and a student that stock diffusers samples."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fastdmd.models.wan import Wan, WanConfig
+
+WEIGHTS = "diffusion_pytorch_model"
+# keys of diffusers' config.json that fastdmd's Wan fixes, with the value it has
+FIXED = {
+    "qk_norm": "rms_norm_across_heads",
+    "image_dim": None,
+    "added_kv_proj_dim": None,
+    "pos_embed_seq_len": None,
+}
+COMPONENTS = {
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
+    "tokenizer": ["transformers", "T5TokenizerFast"],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+}
+
+
+def read_config(folder: Path) -> WanConfig:
+    """The architecture of `folder/transformer`; ValueError for what is not a text-to-video Wan 2.1."""
+    raw = json.loads((folder / "transformer" / "config.json").read_text())
+    if raw.get("_class_name") != "WanTransformer3DModel":
+        raise ValueError(f"{folder}: transformer is a {raw.get('_class_name')}, not a WanTransformer3DModel")
+    for key, value in FIXED.items():
+        if raw.get(key, value) != value:
+            raise ValueError(f"{folder}: transformer has {key} = {raw[key]!r}; only text-to-video Wan 2.1 is supported")
+    known = {f.name for f in fields(WanConfig)}
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items() if key in known}
+    return WanConfig(**given)
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of `folder/transformer`, from one safetensors file or from shards with an index."""
+    single, index = (folder / "transformer" / f"{WEIGHTS}.safetensors{end}" for end in ("", ".index.json"))
+    if single.is_file():
+        return load_file(single)
+    if not index.is_file():
+        raise ValueError(f"{folder}: transformer has neither {single.name} nor {index.name}; only safetensors are read")
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    return {key: value for name in names for key, value in load_file(index.with_name(name)).items()}
+
+
+def load(folder: str | Path, device: torch.device | str = "cpu") -> Wan:
+    """The Wan of a diffusers folder, float32."""
+    folder = Path(folder)
+    with torch.device("meta"):
+        net = Wan(read_config(folder))
+    weights = {key: value.to(device, torch.float32) for key, value in read_weights(folder).items()}
+    try:
+        net.load_state_dict(weights, assign=True)
+    except RuntimeError as e:
+        raise ValueError(f"{folder}: weights do not fit config.json: {e}") from None
+    return net
+
+
+def save(folder: str | Path, config: WanConfig, weights: Mapping[str, Tensor]) -> None:
+    """Write `folder/transformer` as diffusers does."""
+    path = Path(folder) / "transformer"
+    path.mkdir(parents=True, exist_ok=True)
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    (path / "config.json").write_text(
+        json.dumps({"_class_name": "WanTransformer3DModel", **FIXED, "rope_max_seq_len": 1024, **values}, indent=2)
+        + "\n"
+    )
+    save_torch_state_dict(
+        {key: value.detach().contiguous() for key, value in weights.items()},
+        path,
+        filename_pattern=WEIGHTS + "{suffix}.safetensors",
+        safe_serialization=True,
+    )
+
+
+def lcm_scheduler_config(times: Sequence[float]) -> dict[str, object]:
+    """The `FlowMatchLCMScheduler` config whose grid is `times` (descending, in (0, 1], first 1).
+
+    Its step is the re-noising sampler. The grid is a straight line from 1, shifted and stretched to end at the last
+    time: two numbers, so three steps always fit and more fit only when they lie on such a curve. ValueError otherwise.
+    """
+    from diffusers import FlowMatchLCMScheduler
+
+    def grid(shift: float) -> Tensor:
+        scheduler = FlowMatchLCMScheduler.from_config(settings(shift))
+        scheduler.set_timesteps(len(times))
+        return scheduler.timesteps.double() / 1000
+
+    def settings(shift: float) -> dict[str, object]:
+        terminal = times[-1] if len(times) > 1 else None
+        return {"num_train_timesteps": 1000, "shift": shift, "shift_terminal": terminal}
+
+    # the interior rises with the shift
+    low, high = 1e-3, 1e3
+    for _ in range(80):
+        middle = (low * high) ** 0.5
+        if len(times) > 2 and float(grid(middle)[1]) < times[1]:
+            low = middle
+        else:
+            high = middle
+    shift = (low * high) ** 0.5 if len(times) > 2 else 1.0
+    error = float((grid(shift) - torch.tensor(times, dtype=torch.float64)).abs().max())
+    if error > 1e-6:
+        raise ValueError(
+            f"method.denoising_timesteps = {[round(1000 * t, 3) for t in times]} are not a grid of diffusers' "
+            f"FlowMatchLCMScheduler (off by {1000 * error:.3g}); three steps always are, and so are warped even lists"
+        )
+    return settings(shift)
+
+
+def export(
+    folder: Path, config: WanConfig, weights: Mapping[str, Tensor], times: Sequence[float], source: Path
+) -> None:
+    """A diffusers pipeline folder of a few-step student; text encoder, tokenizer and VAE are copied from `source`."""
+    from diffusers import FlowMatchLCMScheduler, __version__
+
+    scheduler = FlowMatchLCMScheduler.from_config(lcm_scheduler_config(times))
+    save(folder, config, weights)
+    scheduler.save_pretrained(folder / "scheduler")
+    index: dict[str, object] = {"_class_name": "WanPipeline", "_diffusers_version": __version__}
+    index |= {
+        "scheduler": ["diffusers", "FlowMatchLCMScheduler"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+    }
+    original = source / "model_index.json"
+    given = json.loads(original.read_text()) if original.is_file() else {}
+    for name, kind in COMPONENTS.items():
+        index[name] = given.get(name, kind)
+        if (source / name).is_dir():
+            shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

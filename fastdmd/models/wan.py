@@ -1,0 +1,245 @@
+"""Wan 2.1 text-to-video DiT (arXiv 2503.20314), with the state-dict names of `diffusers.WanTransformer3DModel`.
+
+B batch, C channel, T frames, H W space, L tokens, D width, N heads, K head dim, S text tokens.
+
+Tokens are put in one fixed order at the patch embedding and leave it at the end: raster, or tile order when `tile` is
+set. Attention does not see the order, because the RoPE table is in the same one.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastdmd.denoiser import Cond
+from fastdmd_kernels.tiles import Grid, raster_order, tile_order
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanConfig:
+    """The keys of diffusers' `transformer/config.json` that define a text-to-video Wan 2.1."""
+
+    num_attention_heads: int
+    attention_head_dim: int
+    num_layers: int
+    ffn_dim: int
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    patch_size: Grid = (1, 2, 2)
+    cross_attn_norm: bool = True
+    eps: float = 1e-6
+
+    @property
+    def width(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+
+def layer_norm(x: Tensor, eps: float) -> Tensor:
+    return nnf.layer_norm(x.float(), x.shape[-1:], eps=eps)
+
+
+@lru_cache(maxsize=32)
+def rope_table(grid: Grid, K: int, tile: Grid | None, device: torch.device) -> Tensor:
+    """Rotations of 3-D RoPE, float32 [2, L, 1, K/2] (cos, sin), in token order.
+
+    Head channels are split t, h, w as K - 2 * 2(K//6), 2(K//6), 2(K//6); base 10,000. Angles are computed in float64 on
+    the host: at position 1,000 float32 angles are off by 3e-5.
+    """
+    side = 2 * (K // 6)
+    axes = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    angles = [
+        axis.flatten()[:, None] * 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        for axis, dim in zip(axes, (K - 2 * side, side, side), strict=True)
+    ]
+    angle = torch.cat(angles, dim=1)
+    if tile:
+        angle = angle[tile_order(grid, tile)]
+    return torch.stack([angle.cos(), angle.sin()])[:, :, None].float().to(device)
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate interleaved channel pairs of x [B, L, N, K] by rope [2, L, 1, K/2]; float32 inside, dtype of x outside."""
+    cos, sin = rope
+    re, im = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([re * cos - im * sin, re * sin + im * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+def time_frequencies(model_t: Tensor, dim: int) -> Tensor:
+    """Sinusoidal embedding of times [B] -> float32 [B, dim], cosines first."""
+    half = dim // 2
+    freq = torch.exp(torch.arange(half, device=model_t.device, dtype=torch.float32) * (-math.log(10000.0) / half))
+    angle = model_t.float()[:, None] * freq
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class TwoLinear(nn.Module):
+    """Linear, activation, linear: the time and text embedders, named as diffusers names them."""
+
+    def __init__(self, d_in: int, d_out: int, act: nn.Module) -> None:
+        super().__init__()
+        self.linear_1, self.act, self.linear_2 = nn.Linear(d_in, d_out), act, nn.Linear(d_out, d_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(self.act(self.linear_1(x)))
+
+
+class ConditionEmbedder(nn.Module):
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        D = config.width
+        self.freq_dim = config.freq_dim
+        self.time_embedder = TwoLinear(config.freq_dim, D, nn.SiLU())
+        self.time_proj = nn.Linear(D, 6 * D)
+        self.text_embedder = TwoLinear(config.text_dim, D, nn.GELU(approximate="tanh"))
+
+    def forward(self, model_t: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """-> time [B, D], block modulation [B, 6, D], text [B, S, D]."""
+        dtype = self.time_embedder.linear_1.weight.dtype
+        time = self.time_embedder(time_frequencies(model_t, self.freq_dim).to(dtype)).to(text.dtype)
+        return time, self.time_proj(nnf.silu(time)).unflatten(1, (6, -1)), self.text_embedder(text)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        D = config.width
+        self.N = config.num_attention_heads
+        self.to_q, self.to_k, self.to_v = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
+        self.to_out = nn.ModuleList([nn.Linear(D, D)])
+        # over the whole width, not per head
+        self.norm_q, self.norm_k = nn.RMSNorm(D, eps=config.eps), nn.RMSNorm(D, eps=config.eps)
+
+    def forward(self, x: Tensor, context: Tensor, rope: Tensor | None = None) -> Tensor:
+        heads = (self.N, -1)
+        q = self.norm_q(self.to_q(x)).unflatten(-1, heads)  # [B, L, N, K]
+        k = self.norm_k(self.to_k(context)).unflatten(-1, heads)
+        v = self.to_v(context).unflatten(-1, heads)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        out = nnf.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return self.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+class GELUProjection(nn.Module):
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(d_in, d_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nnf.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        # index 1 is diffusers' dropout: kept so that the names are `net.0.proj` and `net.2`
+        D, hidden = config.width, config.ffn_dim
+        self.net = nn.Sequential(GELUProjection(D, hidden), nn.Identity(), nn.Linear(hidden, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class Block(nn.Module):
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        D = config.width
+        self.eps = config.eps
+        self.attn1, self.attn2, self.ffn = Attention(config), Attention(config), FeedForward(config)
+        self.norm2 = nn.LayerNorm(D, eps=config.eps) if config.cross_attn_norm else nn.Identity()
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, D) / D**0.5)
+
+    def forward(self, x: Tensor, text: Tensor, modulation: Tensor, rope: Tensor) -> Tensor:
+        """x [B, L, D], text [B, S, D], modulation [B, 6, D]; normalisation, modulation and residuals in float32."""
+        dtype = x.dtype
+        shift1, scale1, gate1, shift3, scale3, gate3 = (self.scale_shift_table + modulation.float()).chunk(6, dim=1)
+        h = (layer_norm(x, self.eps) * (1 + scale1) + shift1).to(dtype)
+        x = (x.float() + self.attn1(h, h, rope) * gate1).to(dtype)
+        x = x + self.attn2(self.norm2(x.float()).to(dtype), text)
+        h = (layer_norm(x, self.eps) * (1 + scale3) + shift3).to(dtype)
+        return (x.float() + self.ffn(h).float() * gate3).to(dtype)
+
+
+class Wan(nn.Module):
+    """The network of one role: x_t [B, C, T, H, W], model_t [B] (1000 t), text [B, S, text_dim] -> F = v [B, C, T, H, W]."""
+
+    def __init__(self, config: WanConfig, tile: Grid | None = None) -> None:
+        super().__init__()
+        self.config, self.tile = config, tile
+        self.checkpointing = False
+        D = config.width
+        # a Conv3d for its name and shape only: patches do not overlap, so it is applied as a matrix product
+        self.patch_embedding = nn.Conv3d(config.in_channels, D, config.patch_size, stride=config.patch_size)
+        self.condition_embedder = ConditionEmbedder(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.proj_out = nn.Linear(D, config.out_channels * math.prod(config.patch_size))
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, D) / D**0.5)
+
+    def grid(self, shape: Iterable[int]) -> Grid:
+        """Tokens (T, H, W) of a latent [.., C, T, H, W]; ValueError when patches do not fit."""
+        *_, C, T, H, W = shape
+        pt, ph, pw = self.config.patch_size
+        if self.config.in_channels != C or T % pt or H % ph or W % pw:
+            raise ValueError(
+                f"latent [C, T, H, W] = {[C, T, H, W]} does not fit {self.config.in_channels} channels and patches "
+                f"{list(self.config.patch_size)}"
+            )
+        return T // pt, H // ph, W // pw
+
+    def patchify(self, x_t: Tensor, grid: Grid) -> Tensor:
+        """[B, C, T, H, W] -> patches in token order [B, L, C * prod(patch)]."""
+        (gt, gh, gw), (pt, ph, pw) = grid, self.config.patch_size
+        x = x_t.reshape(*x_t.shape[:2], gt, pt, gh, ph, gw, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)
+        x = x.reshape(x_t.shape[0], gt * gh * gw, -1)
+        return x if self.tile is None else x[:, tile_order(grid, self.tile).to(x.device)]
+
+    def unpatchify(self, x: Tensor, grid: Grid) -> Tensor:
+        """[B, L, prod(patch) * C] in token order -> [B, C, T, H, W]."""
+        if self.tile is not None:
+            x = x[:, raster_order(grid, self.tile).to(x.device)]
+        (gt, gh, gw), (pt, ph, pw) = grid, self.config.patch_size
+        x = x.reshape(x.shape[0], gt, gh, gw, pt, ph, pw, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return x.reshape(*x.shape[:2], gt * pt, gh * ph, gw * pw)
+
+    def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond) -> Tensor:
+        grid = self.grid(x_t.shape)
+        weight = self.patch_embedding.weight
+        x = nnf.linear(self.patchify(x_t, grid).to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
+        time, modulation, text = self.condition_embedder(model_t, cond.text.to(weight.dtype))
+        rope = rope_table(grid, self.config.attention_head_dim, self.tile, x.device)
+        for block in self.blocks:
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, text, modulation, rope, use_reentrant=False)
+            else:
+                x = block(x, text, modulation, rope)
+        shift, scale = (self.scale_shift_table + time[:, None]).chunk(2, dim=1)  # [B, 1, D]
+        x = (layer_norm(x, self.config.eps) * (1 + scale) + shift).to(x.dtype)
+        return self.unpatchify(self.proj_out(x), grid)
+
+    def cast(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Round parameters to the compute dtype in place, but for what diffusers keeps in float32 (time embedder, norms,
+        modulation). -> the float32 originals of those that were rounded, by name: an optimizer's masters."""
+        masters = {}
+        for name, parameter in self.named_parameters():
+            kept = "time_embedder" in name or "norm2" in name or "scale_shift_table" in name
+            if dtype != torch.float32 and not kept:
+                masters[name] = parameter.detach().float()
+                parameter.data = parameter.data.to(dtype)
+        return masters
+
+    def flops(self, shape: Iterable[int], text_tokens: int) -> int:
+        """Multiply-adds x 2 of one forward of a latent [B, C, T, H, W]: matrix products and attention only."""
+        B, *latent = shape
+        L, S, D, c = math.prod(self.grid(latent)), text_tokens, self.config.width, self.config
+        patch = math.prod(c.patch_size)
+        block = L * (4 * D * D + 2 * L * D) + L * 2 * D * D + S * 2 * D * D + 2 * L * S * D + 2 * L * D * c.ffn_dim
+        ends = L * D * patch * (c.in_channels + c.out_channels) + S * (c.text_dim + D) * D
+        time = c.freq_dim * D + 7 * D * D
+        return 2 * B * (c.num_layers * block + ends + time)

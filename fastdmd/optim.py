@@ -1,0 +1,144 @@
+"""Optimizers with float32 master weights, learning-rate schedules, clipping by the global norm, EMA."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One [optim.ROLE] table. The learning rate decides the result, so it has no default."""
+
+    lr: float
+    name: Literal["adamw"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    grad_clip_norm: float = 1.0
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 0
+    min_lr: float = 0.0
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.lr <= 0:
+            yield "lr", f"{self.lr} is not positive; DMD2 on Wan uses 2e-6 for the student, 4e-7 for the critic"
+        if not all(0 <= beta < 1 for beta in self.betas):
+            yield "betas", f"{list(self.betas)} leaves [0, 1); e.g. [0.0, 0.999]"
+        if self.eps <= 0:
+            yield "eps", f"{self.eps} is not positive; e.g. 1e-8"
+        if self.weight_decay < 0:
+            yield "weight_decay", f"{self.weight_decay} is negative; 0 is off"
+        if self.grad_clip_norm <= 0:
+            yield "grad_clip_norm", f"{self.grad_clip_norm} is not positive; 1e9 never clips"
+        if self.warmup_steps < 0:
+            yield "warmup_steps", f"{self.warmup_steps} is negative; 0 is off"
+        if not 0 <= self.min_lr <= max(self.lr, 0):
+            yield "min_lr", f"{self.min_lr} is not between 0 and lr = {self.lr}; use a value between them"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EMAConfig:
+    decay: float
+    start_step: int = 0
+    every: int = 1
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if not 0 < self.decay < 1:
+            yield "decay", f"{self.decay} leaves (0, 1); Self-Forcing uses 0.99"
+        if self.start_step < 0:
+            yield "start_step", f"{self.start_step} is negative; 0 starts at once"
+        if self.every < 1:
+            yield "every", f"{self.every} is not positive; 1 updates at every step"
+
+
+def lr_at(config: Config, step: int, max_steps: int) -> float:
+    """The learning rate of step `step` (0-based): linear warm-up, then constant or a cosine to min_lr at max_steps."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    progress = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
+    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Optimizer:
+    """Fused AdamW over float32 masters of a network's parameters.
+
+    A float32 parameter is its own master; for a parameter that was rounded to bfloat16, `masters` holds what it was.
+    Plain bfloat16 AdamW at 1e-5 leaves 84-94 % of the weights bit-identical after 100 steps.
+    """
+
+    def __init__(self, net: nn.Module, config: Config, max_steps: int, masters: Mapping[str, Tensor]) -> None:
+        self.config, self.max_steps = config, max_steps
+        self.params = dict(net.named_parameters())
+        self.masters = {name: masters.get(name, p) for name, p in self.params.items()}
+        self.adamw = torch.optim.AdamW(
+            self.masters.values(), config.lr, config.betas, config.eps, config.weight_decay, fused=True
+        )
+
+    def clip(self) -> Tensor:
+        """Scale the gradients to the clip norm; -> their global L2 norm before that, float32 []."""
+        grads = [p.grad for p in self.params.values() if p.grad is not None]
+        norm = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]).norm()
+        torch._foreach_mul_(grads, (self.config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    @torch.no_grad()
+    def step(self, step: int) -> None:
+        """Update with the clipped gradients and drop them."""
+        for group in self.adamw.param_groups:
+            group["lr"] = lr_at(self.config, step, self.max_steps)
+        for p, master in self._rounded():
+            master.grad = None if p.grad is None else p.grad.float()
+            p.grad = None
+        self.adamw.step()
+        self.adamw.zero_grad()
+        self.round()
+
+    def round(self) -> None:
+        """Bring the network's rounded parameters up to their masters."""
+        for p, master in self._rounded():
+            p.data.copy_(master)
+
+    def _rounded(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((p, self.masters[name]) for name, p in self.params.items() if self.masters[name] is not p)
+
+    def moments(self) -> dict[str, Tensor]:
+        """AdamW's state by "kind.parameter"."""
+        state = self.adamw.state
+        return {f"{kind}.{name}": value for name, m in self.masters.items() for kind, value in state[m].items()}
+
+    @torch.no_grad()
+    def load(self, masters: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+        """Read back masters and moments; the network follows."""
+        for name, master in self.masters.items():
+            master.copy_(masters[name])
+        for key, value in moments.items():
+            kind, _, name = key.partition(".")
+            self.adamw.state[self.masters[name]][kind] = value.to(self.masters[name].device, copy=True)
+        self.round()
+
+
+class EMA:
+    """A float32 shadow of the student's masters: from start_step a copy, then shadow += (1 - decay) (master - shadow)."""
+
+    def __init__(self, masters: Mapping[str, Tensor], config: EMAConfig) -> None:
+        self.config, self.masters = config, masters
+        self.shadow = {name: master.detach().clone() for name, master in masters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """After step `step` (1-based count of finished steps)."""
+        if step % self.config.every:
+            return
+        weight = 1.0 if step <= self.config.start_step else 1 - self.config.decay
+        torch._foreach_lerp_(list(self.shadow.values()), list(self.masters.values()), weight)
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        for name, shadow in self.shadow.items():
+            shadow.copy_(state[name])

@@ -1,0 +1,42 @@
+"""All randomness of a run, addressed by (seed, step, stream, sample): nothing has to be saved to resume exactly.
+
+Sample i of the global batch draws the same numbers however the batch is split over ranks and micro-batches.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def _generator(device: torch.device | str, *address: int | str) -> torch.Generator:
+    digest = hashlib.sha256(repr(address).encode()).digest()
+    # a CPU generator keeps 32 bits of its seed
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "little"))
+
+
+class Rng:
+    """The draws of one stream ("student", "critic0", "data", ..) of one step, for the given samples of the global batch."""
+
+    def __init__(self, seed: int, step: int, stream: str, samples: Sequence[int], device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        self._shared = _generator("cpu", seed, step, stream, "shared")
+        self._host = [_generator("cpu", seed, step, stream, i, "host") for i in samples]
+        self._noise = [_generator(self.device, seed, step, stream, i, "noise") for i in samples]
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        """Standard normal float32 [B, *shape], drawn on the device."""
+        return torch.stack([torch.randn(*shape, generator=g, device=self.device) for g in self._noise])
+
+    def uniform(self) -> Tensor:
+        """U[0, 1) float64 [B] on the host."""
+        return torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in self._host])
+
+    def integers(self, high: int, shape: Sequence[int] = ()) -> Tensor:
+        """U{0 .. high - 1} int64 [B, *shape] on the host."""
+        return torch.stack([torch.randint(high, tuple(shape), generator=g) for g in self._host])
+
+    def shared_integer(self, high: int) -> int:
+        """U{0 .. high - 1}: one draw, equal on all ranks and in all micro-batches of the step."""
+        return int(torch.randint(high, (), generator=self._shared))

@@ -1,0 +1,53 @@
+"""Samplers over a denoiser: re-noising for few-step students, ODE for teachers. Used by validation, `sample` and the
+rollout alike. Times are float64 on the host, descending; latents [B, C, ..] float32.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastdmd.denoiser import Cond, Denoiser, guide
+from fastdmd.rng import Rng
+from fastdmd.schedule import Schedule, add_noise, coeffs, per_sample
+
+Denoise = Callable[[Tensor, Tensor, Cond], Tensor]  # (x_t, t, cond) -> x0
+
+
+def guided(denoiser: Denoiser, uncond: Cond, w: float) -> Denoise:
+    """The denoiser under guidance w; x0 is linear in F, so guiding F guides x0."""
+    if w == 1:
+        return denoiser
+
+    def denoise(x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        F_c, F_u = denoiser.raw_pair(x_t, t, cond, uncond)
+        c = coeffs(denoiser.schedule, t, x_t.device)
+        return per_sample(c.a, x_t) * x_t + per_sample(c.b, x_t) * guide(F_u, F_c, w)
+
+    return denoise
+
+
+def renoise_steps(
+    denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, steps: int, cond: Cond, rng: Rng
+) -> Tensor:
+    """x at times[steps], from x at times[0] by `steps` steps x0 = denoise(x), x' = alpha' x0 + sigma' eps, eps fresh."""
+    for i in range(steps):
+        x0 = denoise(x, times[i].expand(len(x)), cond)
+        x = add_noise(schedule, x0, rng.normal(x.shape[1:]), times[i + 1].expand(len(x)))
+    return x
+
+
+def renoise(denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, cond: Cond, rng: Rng) -> Tensor:
+    """x0 of a few-step student: re-noising steps down to the last time, then one denoising."""
+    x = renoise_steps(denoise, schedule, x, times, len(times) - 1, cond, rng)
+    return denoise(x, times[-1].expand(len(x)), cond)
+
+
+def ode(denoise: Denoise, schedule: Schedule, x: Tensor, grid: Tensor, cond: Cond) -> Tensor:
+    """Deterministic steps x' = alpha' x0 + sigma' (x - alpha x0) / sigma along grid [steps + 1]: Euler for flow, DDIM for VP."""
+    for t, t_next in zip(grid[:-1], grid[1:], strict=True):
+        x0 = denoise(x, t.expand(len(x)), cond)
+        now, then = coeffs(schedule, t[None], x.device), coeffs(schedule, t_next[None], x.device)
+        ratio = then.sigma / now.sigma
+        x = torch.addcmul((then.alpha - ratio * now.alpha) * x0, ratio, x)
+    return x

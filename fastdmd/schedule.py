@@ -1,0 +1,135 @@
+"""Noise schedules: x_t = alpha(t) x0 + sigma(t) eps with t in [0, 1], 1 = pure noise.
+
+Times are float64 [B] on the host and so is all arithmetic on them. A network and a latent see them only as
+`Coeffs`: one small float32 tensor that is sent to the device once per call, exact, without a synchronisation.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Coeffs(NamedTuple):
+    """What one network call needs of its times, float32 [B] each on the device."""
+
+    alpha: Tensor
+    sigma: Tensor
+    a: Tensor  # x0 = a x_t + b F
+    b: Tensor
+    model_t: Tensor
+
+
+class Schedule(Protocol):
+    def alpha(self, t: Tensor) -> Tensor: ...
+
+    def sigma(self, t: Tensor) -> Tensor: ...
+
+    def x0_coeffs(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(a, b) of x0 = a x_t + b F, F the raw network output."""
+        ...
+
+    def model_t(self, t: Tensor) -> Tensor:
+        """What the network is told."""
+        ...
+
+    def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """The F of a perfect network that knows x0 and eps."""
+        ...
+
+
+def coeffs(schedule: Schedule, t: Tensor, device: torch.device) -> Coeffs:
+    rows = (schedule.alpha(t), schedule.sigma(t), *schedule.x0_coeffs(t), schedule.model_t(t))
+    return Coeffs(*torch.stack([row.expand(t.shape) for row in rows]).float().to(device, non_blocking=True))
+
+
+def per_sample(c: Tensor, x: Tensor) -> Tensor:
+    """[B] -> [B, 1, ..] to multiply x [B, ..]."""
+    return c.view(-1, *[1] * (x.ndim - 1))
+
+
+def add_noise(schedule: Schedule, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """x_t = alpha x0 + sigma eps, float32 [B, ..]; t float64 [B] on the host."""
+    c = coeffs(schedule, t, x0.device)
+    return per_sample(c.alpha, x0) * x0 + per_sample(c.sigma, x0) * eps
+
+
+class FlowSchedule:
+    """Rectified flow: alpha = 1 - t, sigma = t, F = v = eps - x0, so x0 = x_t - t F."""
+
+    def __init__(self, flow_shift: float) -> None:
+        self.flow_shift = flow_shift
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def x0_coeffs(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ones_like(t), -t
+
+    def model_t(self, t: Tensor) -> Tensor:
+        return 1000 * t
+
+    def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        return eps - x0
+
+    def solver_grid(self, steps: int) -> Tensor:
+        """The shifted times of an ODE solver, float64 [steps + 1] from 1 to 0."""
+        return shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64), self.flow_shift)
+
+
+class VPSchedule:
+    """Variance preserving, from a table of `alphas_cumprod` (index n is time (n + 1) / 1000 for 1,000 entries).
+
+    prediction "eps": F = eps, x0 = (x_t - sigma F) / alpha. "v": F = alpha eps - sigma x0, x0 = alpha x_t - sigma F.
+    """
+
+    def __init__(self, alphas_cumprod: Sequence[float] | Tensor, prediction: str) -> None:
+        if prediction not in ("eps", "v"):
+            raise ValueError(f"prediction {prediction!r} is not 'eps' or 'v'")
+        self.alphas_cumprod = torch.as_tensor(alphas_cumprod, dtype=torch.float64)
+        self.prediction = prediction
+
+    def model_t(self, t: Tensor) -> Tensor:
+        """The index into the table, rounded to the nearest."""
+        n = len(self.alphas_cumprod)
+        return (t * n - 1).round().clamp(0, n - 1)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self.alphas_cumprod[self.model_t(t).long()].sqrt()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (1 - self.alphas_cumprod[self.model_t(t).long()]).sqrt()
+
+    def x0_coeffs(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = self.alpha(t), self.sigma(t)
+        return (1 / alpha, -sigma / alpha) if self.prediction == "eps" else (alpha, -sigma)
+
+    def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        if self.prediction == "eps":
+            return eps
+        c = coeffs(self, t, x0.device)
+        return per_sample(c.alpha, x0) * eps - per_sample(c.sigma, x0) * x0
+
+
+def shift(u: Tensor, k: float) -> Tensor:
+    """sigma(u) = k u / (1 + (k - 1) u): k > 1 moves times toward noise."""
+    return k * u / (1 + (k - 1) * u)
+
+
+def unshift(s: Tensor, k: float) -> Tensor:
+    """The u with shift(u, k) = s."""
+    return s / (k - (k - 1) * s)
+
+
+def student_times(timesteps: Sequence[float], warp: bool, flow_shift: float) -> Tensor:
+    """The student's times, float64 [n] descending, from model timesteps in (0, 1000].
+
+    `warp`: the list is nominal and goes through the shift: [1000, 750, 500, 250] at shift 5 becomes
+    [1000, 937.5, 833.333, 625].
+    """
+    t = torch.tensor(timesteps, dtype=torch.float64) / 1000
+    return shift(t, flow_shift) if warp else t

@@ -1,0 +1,248 @@
+"""The only loop. It never asks which method it runs."""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastdmd import checkpoint
+from fastdmd import config as configs
+from fastdmd.config import Config
+from fastdmd.data import World, make_world
+from fastdmd.denoiser import Batch, Denoiser
+from fastdmd.evaluate import finish, validate_step
+from fastdmd.hardware import peak_flops, peak_memory_gb
+from fastdmd.log import Progress, RunLog
+from fastdmd.methods import METHODS, Method
+from fastdmd.models import folder
+from fastdmd.models.wan import Wan
+from fastdmd.optim import EMA, Optimizer
+from fastdmd.precision import pick_device
+from fastdmd.rng import Rng
+from fastdmd.schedule import FlowSchedule
+
+
+class Diverged(RuntimeError):
+    """A loss or gradient that is not finite; the update was not made."""
+
+
+class Interrupted(RuntimeError):
+    """Stopped by a signal, after a checkpoint."""
+
+
+@dataclass
+class Run:
+    """Everything that a step needs."""
+
+    config: Config
+    device: torch.device
+    world: World
+    method: Method
+    schedule: FlowSchedule
+    nets: dict[str, Denoiser]
+    optimizers: dict[str, Optimizer]
+    ema: EMA | None
+    step: int = 0  # finished steps
+    seconds: float = 0.0  # of training, over all resumes
+    stop: bool = False  # asked to, by a signal
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run.output_dir)
+
+
+def build(config: Config) -> Run:
+    """Networks, data and optimizers of a run, at step 0."""
+    device, dtype = pick_device(config.run.device), config.precision.dtype
+    schedule = FlowSchedule(config.schedule.flow_shift)
+    cls = METHODS[config.method.name]
+    tables = {table: getattr(config, table) for table in cls.uses}
+    method = cls(config.method, flow_shift=config.schedule.flow_shift, **tables)
+    nets, optimizers = {}, {}
+    for role, how in method.roles.items():
+        net = make_net(config, role, device)
+        masters = net.cast(dtype)
+        if how == "train":
+            net.checkpointing = config.memory.checkpointing == "full"
+            optimizers[role] = Optimizer(net, config.optim[role], config.run.max_steps, masters)
+        nets[role] = Denoiser(net.requires_grad_(False), schedule)
+    ema = EMA(optimizers["student"].masters, config.ema) if config.ema else None
+    world = make_world(config.data, config.model.path, device, dtype)
+    return Run(config, device, world, method, schedule, nets, optimizers, ema)
+
+
+def make_net(config: Config, role: str, device: torch.device) -> Wan:
+    """A role's network in float32: the weights of its folder, or random ones drawn from the run's seed."""
+    path = config.role_path(role)
+    if path is not None:
+        return folder.load(path, device)
+    assert config.model.architecture is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        return Wan(config.model.architecture).to(device)
+
+
+def train(config: Config) -> Run:
+    """Run to max_steps, from the newest checkpoint if there is one; Interrupted or Diverged stop it earlier."""
+    run = build(config)
+    restore(run)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_atomic(run.folder / "config.toml", configs.dump(config))
+    log = RunLog(config.logging, run.folder, run.step)
+    max_steps, peak = config.run.max_steps, peak_flops(run.device, config.precision.dtype)
+    progress = Progress("step", max_steps, run.step)
+    with stop_on_signals(run):
+        while run.step < max_steps:
+            start, flops = time.perf_counter(), count_flops(run)
+            values = take_step(run)
+            seconds = time.perf_counter() - start
+            run.seconds += seconds
+            if run.step % config.logging.every == 0 or run.step == max_steps:
+                values["perf/step_s"] = seconds
+                values["perf/mfu"] = (count_flops(run) - flops) / seconds / peak
+                values["perf/mem_gb"] = peak_memory_gb(run.device)
+                log.write(run.step, values)
+            progress.show(run.step, "  ".join(f"{k.split('/')[1]} {v:.4g}" for k, v in values.items() if "loss" in k))
+            if config.validation.every and run.step % config.validation.every == 0 and run.step < max_steps:
+                validate_step(run, log)
+            if run.step % config.checkpoint.every == 0 or run.step == max_steps or run.stop:
+                save(run)
+            if run.stop:
+                raise Interrupted(f"stopped at step {run.step} of {max_steps}; checkpoint saved")
+    log.close()
+    finish(run)
+    return run
+
+
+def take_step(run: Run) -> dict[str, float]:
+    """One step: every phase of the method on the same micro-batches, then the EMA. -> metrics by their full names."""
+    config, values = run.config.run, {}
+    samples = [range(i * config.batch_size, (i + 1) * config.batch_size) for i in range(config.grad_accum)]
+    batches = [run.world.batch(Rng(config.seed, run.step, "data", s, "cpu")) for s in samples]
+    carries: list[dict[str, Any]] = [{} for _ in batches]
+    for index, phase in enumerate(run.method.phases(run.step)):
+        for role, denoiser in run.nets.items():
+            denoiser.requires_grad_(role == phase)
+        losses = []
+        for micro, batch, carry in zip(samples, batches, carries, strict=True):
+            rng = Rng(config.seed, run.step, f"{phase}{index}", micro, run.device)
+            loss, metrics = run.method.loss(phase, run.nets, batch, rng, carry)
+            (loss / config.grad_accum).backward()
+            losses.append({f"loss_{phase}": loss.detach(), **metrics})
+        norm = run.optimizers[phase].clip()
+        means = {name: torch.stack([each[name] for each in losses]).mean() for name in losses[0]}
+        # the one read of the device in a phase: nothing that is not finite may reach the weights
+        read = dict(zip([*means, f"grad_norm_{phase}"], torch.stack([*means.values(), norm]).tolist(), strict=True))
+        if not all(map(math.isfinite, read.values())):
+            raise Diverged(dump_nonfinite(run, phase, read, batches))
+        run.optimizers[phase].step(run.step)
+        values |= {f"train/{name}": value for name, value in read.items()}
+    run.step += 1
+    if run.ema:
+        run.ema.update(run.step)
+    return values
+
+
+def dump_nonfinite(run: Run, phase: str, read: Mapping[str, float], batches: list[Batch]) -> str:
+    """Save what reproduces a step that was not finite, and say which tensor it was."""
+    grads = run.optimizers[phase].params
+    bad = [
+        f"gradient of {phase}.{name}" for name, p in grads.items() if p.grad is not None and not p.grad.isfinite().all()
+    ]
+    bad = [name for name, value in read.items() if not math.isfinite(value)] + bad
+    path = run.folder / f"nonfinite_{run.step + 1:08d}"
+    path.mkdir(parents=True, exist_ok=True)
+    facts = {
+        "step": run.step + 1,
+        "seed": run.config.run.seed,
+        "phase": phase,
+        "read": {k: repr(v) for k, v in read.items()},
+    }
+    checkpoint.write_atomic(path / "dump.json", json.dumps({**facts, "not_finite": bad}, indent=1))
+    tensors = {f"text.{i}": b.cond.text for i, b in enumerate(batches)}
+    tensors |= {f"x0.{i}": b.x0 for i, b in enumerate(batches) if b.x0 is not None}
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path / "batch.safetensors")
+    more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+    return f"step {run.step + 1}, phase {phase}: {', '.join(bad[:3])}{more} not finite; no update made, see {path}"
+
+
+def count_flops(run: Run) -> int:
+    return sum(denoiser.flops for denoiser in run.nets.values())
+
+
+def save(run: Run) -> Path:
+    tensors: dict[str, Mapping[str, Tensor]] = {}
+    for role, optimizer in run.optimizers.items():
+        tensors[role], tensors[f"optim_{role}"] = optimizer.masters, optimizer.moments()
+    if run.ema:
+        tensors["ema"] = run.ema.shadow
+    batch = run.config.run.batch_size * run.config.run.grad_accum
+    state = {"samples": run.step * batch, "seconds": run.seconds}
+    return checkpoint.save(run.folder / "checkpoints", run.step, tensors, state, run.config.checkpoint.keep)
+
+
+def restore(run: Run) -> None:
+    """Go on from the checkpoint that `checkpoint.resume` names, if there is one."""
+    found = checkpoint.find(run.folder / "checkpoints", run.config.checkpoint.resume)
+    if found is None:
+        return
+    manifest, tensors = checkpoint.load(found)
+    wanted = {*run.optimizers, *(f"optim_{role}" for role in run.optimizers), *(["ema"] if run.ema else [])}
+    if missing := wanted - set(tensors):
+        raise ValueError(
+            f"{found} has no {', '.join(sorted(missing))}; resume with the configuration that it was saved under"
+        )
+    for role, optimizer in run.optimizers.items():
+        optimizer.load(tensors[role], tensors[f"optim_{role}"])
+    if run.ema:
+        run.ema.load(tensors["ema"])
+    run.step, run.seconds = manifest["step"], manifest["seconds"]
+
+
+def reopen(path: Path) -> Run:
+    """A run from its folder, at its newest checkpoint."""
+    if not (path / "config.toml").is_file():
+        raise ValueError(f"{path} has no config.toml; name the output_dir of a run")
+    if not checkpoint.complete(path / "checkpoints"):
+        raise ValueError(f"{path} has no checkpoint yet; train it first")
+    config = configs.load(path / "config.toml")
+    # the folder may have been moved
+    run = build(replace(config, run=replace(config.run, output_dir=str(path))))
+    restore(run)
+    return run
+
+
+def export_student(path: Path, out: Path) -> None:
+    """The student of a run's newest checkpoint, under its validation weights, as a diffusers pipeline folder."""
+    run = reopen(path)
+    if run.method.times is None:
+        raise ValueError(f"{path}: method '{run.config.method.name}' has no few-step student; export a distilled run")
+    ema = run.ema is not None and run.config.validation.weights == "ema"
+    weights = run.ema.shadow if run.ema and ema else run.optimizers["student"].masters
+    net = run.nets["student"].net
+    assert isinstance(net, Wan) and run.config.model.path
+    folder.export(out, net.config, weights, run.method.times.tolist(), Path(run.config.model.path))
+
+
+@contextmanager
+def stop_on_signals(run: Run) -> Iterator[None]:
+    """SIGINT and SIGTERM end the run after the step in progress."""
+
+    def request(signum: int, frame: object) -> None:
+        run.stop = True
+
+    old = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)

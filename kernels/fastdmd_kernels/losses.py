@@ -1,0 +1,106 @@
+"""Score-distillation losses: what they mean, in plain PyTorch. A fused kernel has to match this page.
+
+x0_g student output, z = alpha(s) x0_g + sigma(s) eps, F raw outputs at (z, s): F_fake of the critic, F_c and F_u of the
+teacher with and without the condition; x0 = a z + b F. Tensors [B, ..]; a, b, w are [B] or scalars. All arithmetic is
+at least float32, whatever the inputs are.
+"""
+
+import torch
+from torch import Tensor
+
+Scalar = Tensor | float
+Metrics = dict[str, Tensor]
+
+
+def guide(u: Tensor, c: Tensor, w: Scalar) -> Tensor:
+    """Classifier-free guidance u + w (c - u); w = 1 is off. Published c + g (c - u) is w = g + 1."""
+    return u + w * (c - u)
+
+
+def _per_sample(value: Scalar, like: Tensor) -> Scalar:
+    if isinstance(value, Tensor) and value.ndim:
+        if value.shape != like.shape[:1]:
+            raise ValueError(f"per-sample scalar of shape {list(value.shape)} for tensors {list(like.shape)}")
+        return value.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
+    return value
+
+
+def _upcast(*tensors: Tensor | None) -> list[Tensor | None]:
+    first = tensors[0]
+    for x in tensors:
+        if x is not None and first is not None and x.shape != first.shape:
+            raise ValueError(f"shapes differ: {[list(x.shape) for x in tensors if x is not None]}")
+    return [x if x is None or x.dtype == torch.float64 else x.float() for x in tensors]
+
+
+def _mean_per_sample(x: Tensor) -> Tensor:
+    """Mean over all but the batch, kept [B, 1, ..]."""
+    return x.mean(dim=tuple(range(1, x.ndim)), keepdim=True)
+
+
+def _real(F_c: Tensor, F_u: Tensor | None, w: Scalar) -> Tensor:
+    """The guided teacher output."""
+    if F_u is None:
+        if isinstance(w, Tensor) or w != 1:
+            raise ValueError(f"guidance w = {w} needs F_u; leave F_u out only with w = 1")
+        return F_c
+    return guide(F_u, F_c, _per_sample(w, F_c))
+
+
+def dmd_loss(
+    x0_g: Tensor,
+    z: Tensor,
+    F_fake: Tensor,
+    F_c: Tensor,
+    F_u: Tensor | None,
+    a: Scalar,
+    b: Scalar,
+    w: Scalar,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
+    """Distribution matching (DMD 2311.18828, eq. 7 and 8): the gradient of KL(student || teacher) at x0_g.
+
+    grad = b (F_fake - F_real) / mean_per_sample|x0_g - x0_real|, which is (x0_fake - x0_real) / mean|p| with 1.3-7 times
+    less bfloat16 rounding; loss = 0.5 mean((x0_g - sg(x0_g - grad))^2). Gradient to x0_g only. `mask`, boolean and
+    broadcastable to x0_g, keeps elements in the mean. Raises ValueError for shapes that differ.
+    """
+    x0, z, F_fake, F_c, F_u = _upcast(x0_g, z, F_fake, F_c, F_u)  # type: ignore[assignment]
+    with torch.no_grad():
+        F_real = _real(F_c, F_u, w)
+        a, b = _per_sample(a, z), _per_sample(b, z)
+        gap = F_fake - F_real
+        normalizer = _mean_per_sample((x0 - (a * z + b * F_real)).abs())
+        grad = torch.nan_to_num(b * gap / normalizer)
+        target = x0 - grad
+        metrics = {"dmd_grad_abs": grad.abs().mean(), "normalizer": normalizer.mean(), "score_gap": gap.abs().mean()}
+    square = (x0 - target).square()
+    loss = 0.5 * (square.mean() if mask is None else square[mask.expand_as(square)].mean())
+    return loss, metrics
+
+
+def sid_loss(
+    x0_g: Tensor,
+    z: Tensor,
+    F_fake: Tensor,
+    F_c: Tensor,
+    F_u: Tensor | None,
+    a: Scalar,
+    b: Scalar,
+    w: Scalar,
+    alpha: float,
+) -> tuple[Tensor, Metrics]:
+    """Score identity distillation (SiD 2404.04057, eq. 23) with the normaliser of DMD.
+
+    mean((x0_real - x0_fake) ((x0_real - x0_g) - alpha (x0_real - x0_fake)) / sg(mean_per_sample|x0_g - x0_real|)).
+    Nothing but the normaliser is detached: gradients flow to x0_g, z, F_fake, F_c and F_u.
+    """
+    x0, z, F_fake, F_c, F_u = _upcast(x0_g, z, F_fake, F_c, F_u)  # type: ignore[assignment]
+    F_real = _real(F_c, F_u, w)
+    a, b = _per_sample(a, z), _per_sample(b, z)
+    p = a * z + b * F_real - x0
+    gap = b * (F_real - F_fake)  # x0_real - x0_fake, without the rounding of a z
+    normalizer = _mean_per_sample(p.detach().abs())
+    loss = (gap * (p - alpha * gap) / normalizer).mean()
+    with torch.no_grad():
+        metrics = {"normalizer": normalizer.mean(), "score_gap": (F_fake - F_real).abs().mean()}
+    return loss, metrics
