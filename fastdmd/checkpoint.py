@@ -1,6 +1,6 @@
 """Checkpoints: a folder of safetensors with a JSON manifest. A run killed at any instant finds the last whole one.
 
-Written to a hidden folder, flushed to disk, then renamed: a folder named `step_NNNNNNNN` is complete. Nothing is pickled.
+Written to a hidden folder, flushed to disk, then renamed: a folder named `step_NNNNNNNN` is complete. No pickles.
 """
 
 import hashlib
@@ -29,6 +29,8 @@ class Config:
             yield "every", f"{self.every} is not positive; a checkpoint is what a killed run goes on from"
         if self.keep < 1:
             yield "keep", f"{self.keep} is not positive; keep at least 1"
+        if self.resume not in ("latest", False) and not (Path(self.resume) / MANIFEST).is_file():
+            yield "resume", f"{self.resume!r} has no {MANIFEST}; give a step_NNNNNNNN folder, 'latest' or false"
 
 
 def fsync_folder(path: Path) -> None:
@@ -37,6 +39,14 @@ def fsync_folder(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def make_folder(path: Path) -> None:
+    """`mkdir -p` that survives a power cut: every new entry is flushed."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        fsync_folder(path.parent)
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -57,15 +67,18 @@ def _sha256(path: Path) -> str:
 
 def complete(folder: Path) -> list[Path]:
     """The whole checkpoints of a folder, oldest first."""
-    return sorted(p for p in folder.glob("step_*") if p.is_dir())
+    return sorted(p for p in folder.glob("step_" + 8 * "[0-9]") if p.is_dir())
 
 
 def save(
     folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
 ) -> Path:
-    """Write `step_NNNNNNNN` with one safetensors file per name and the manifest; then drop all but the newest `keep`."""
+    """Write `step_NNNNNNNN` with one safetensors file per name and the manifest; then drop all but the newest `keep`.
+
+    Checkpoints of later steps go too: this run has resumed from before them.
+    """
     final, part = folder / f"step_{step:08d}", folder / f".part-{step:08d}"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     sweep(folder)
     part.mkdir()
     files = {}
@@ -80,8 +93,11 @@ def save(
         _remove(final)
     os.rename(part, final)
     fsync_folder(folder)
-    for old in complete(folder)[:-keep]:
-        _remove(old)
+    there = complete(folder)
+    kept = [p for p in there if p <= final][-keep:]
+    for path in there:
+        if path not in kept:
+            _remove(path)
     return final
 
 
@@ -107,14 +123,18 @@ def find(folder: Path, resume: str | bool) -> Path | None:
         return found[-1] if found else None
     path = Path(str(resume))
     if not (path / MANIFEST).is_file():
-        raise ValueError(f"checkpoint.resume = '{resume}' has no {MANIFEST}; give a step_NNNNNNNN folder, or 'latest'")
+        raise ValueError(f"checkpoint.resume = {resume!r} has no {MANIFEST}; give a step_NNNNNNNN folder, or 'latest'")
     return path
 
 
 def load(path: Path, device: str = "cpu") -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """(manifest, tensors by file name); ValueError when a file is missing or is not what was written."""
-    manifest = json.loads((path / MANIFEST).read_text())
+    remedy = f"is damaged; remove {path} to go on from the checkpoint before it"
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # not UTF-8 and not JSON are both ValueErrors
+        raise ValueError(f"{path / MANIFEST} {remedy}") from None
     for name, digest in manifest["files"].items():
         if not (path / name).is_file() or _sha256(path / name) != digest:
-            raise ValueError(f"{path / name} is damaged; remove {path} to go on from the checkpoint before it")
+            raise ValueError(f"{path / name} {remedy}")
     return manifest, {Path(name).stem: load_file(path / name, device=device) for name in manifest["files"]}

@@ -1,6 +1,7 @@
 """The command line. Heavy imports are inside the commands: `fastdmd --help` has to answer at once."""
 
 import contextlib
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,12 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__ and "Few-step distillation of video and image diffusion models.")  # fmt: skip
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Few-step distillation of video and image diffusion models.",
+)
 
 RunFolder = Annotated[Path, typer.Argument(help="A run's folder (its output_dir).")]
 USER_ERROR, DIVERGED, INTERRUPTED = 2, 1, 130
@@ -19,8 +25,9 @@ def user_errors() -> Iterator[None]:
     """What the user can mend is told in clear lines, without a traceback."""
     try:
         yield
-    except (ValueError, FileNotFoundError, PermissionError) as e:
-        print(f"error: {e}", file=sys.stderr)
+    except (ValueError, OSError) as e:
+        for line in str(e).split("\n"):
+            print(f"error: {line}", file=sys.stderr)
         raise typer.Exit(USER_ERROR) from None
 
 
@@ -40,9 +47,10 @@ def train(
         except trainer.Diverged as e:
             print(f"error: {e}", file=sys.stderr)
             raise typer.Exit(DIVERGED) from None
-        except trainer.Interrupted as e:
-            words = " ".join(["fastdmd train", str(config), *(f"'{o}'" for o in overrides or ())])
-            print(f"\n{e}\nresume with: {words}", file=sys.stderr)
+        except (trainer.Interrupted, KeyboardInterrupt) as e:
+            again = [] if loaded.checkpoint.resume == "latest" else ['checkpoint.resume="latest"']
+            words = shlex.join(["fastdmd", "train", str(config), *(overrides or ()), *again])
+            print(f"\n{str(e) or 'interrupted'}\nresume with: {words}", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None
     from fastdmd.report import table
 
@@ -87,7 +95,7 @@ def export(
     run: RunFolder,
     out: Annotated[Path, typer.Option(help="The diffusers folder to write.")],
 ) -> None:
-    """Write a run's student as a diffusers pipeline folder whose scheduler takes the student's own few steps."""
+    """Write a run's student as a diffusers folder whose scheduler takes its own few steps (a flow model: Euler)."""
     with user_errors():
         from fastdmd.train import export_student
 

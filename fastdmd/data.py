@@ -48,9 +48,15 @@ class Config:
             yield "sources", "is empty; use ['shapes'] or prompt files"
         if "shapes" in self.sources and not self.builtin:
             yield "sources", "'shapes' does not mix with files; use one or the other"
-        for source in self.sources:
-            if source != "shapes" and not Path(source).is_file():
-                yield "sources", f"'{source}' is not a file; use 'shapes' or a text file with a prompt a line"
+        if absent := [source for source in self.sources if source != "shapes" and not Path(source).is_file()]:
+            yield "sources", f"no file {', '.join(map(repr, absent))}; use 'shapes', or files with a prompt a line"
+        elif "shapes" not in self.sources:
+            try:
+                read_prompts(self.sources)
+            except ValueError as e:
+                yield "sources", str(e)
+        if self.builtin and len(self.negative_prompt.split()) > shapes.TEXT_TOKENS:
+            yield "negative_prompt", f"{self.negative_prompt!r} is over {shapes.TEXT_TOKENS} words; the usual one is ''"
         if self.frames < 1:
             yield "frames", f"{self.frames} is not positive; Wan 2.1 uses 81"
         elif self.frames_for(self.latent_frames()) != self.frames:
@@ -59,11 +65,32 @@ class Config:
                 "frames",
                 f"{self.frames} is not 1 + {TEMPORAL} n, as the VAE packs frames; nearest: {low} or {low + TEMPORAL}",
             )
-        grain = 2 if self.builtin else 2 * SPATIAL
-        if any(n < grain or n % grain for n in self.resolution):
-            yield "resolution", f"{list(self.resolution)} is not made of multiples of {grain}; Wan 2.1 uses [480, 832]"
+        elif self.builtin and self.frames == 1:
+            yield "frames", "1 is a picture, and 'shapes' moves; use 2 or more"
+        grain, least, usual = (
+            (shapes.BLOCK, 4 * shapes.BLOCK, "[12, 12]") if self.builtin else (2 * SPATIAL, 2 * SPATIAL, "[480, 832]")
+        )
+        if any(n < least or n % grain for n in self.resolution):
+            yield (
+                "resolution",
+                f"{list(self.resolution)} is not made of multiples of {grain} from {least} on; e.g. {usual}",
+            )
         if not 0 <= self.caption_dropout < 1:
             yield "caption_dropout", f"{self.caption_dropout} leaves [0, 1); 0 is off"
+
+
+def read_prompts(sources: Sequence[str]) -> list[str]:
+    """The prompts of text files; ValueError without any."""
+    prompts: list[str] = []
+    for source in sources:
+        try:
+            lines = Path(source).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{source!r} is not UTF-8 at byte {e.start}; save the file as UTF-8") from None
+        prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"{list(sources)} hold no prompt; write a prompt a line")
+    return prompts
 
 
 class World(Protocol):
@@ -92,7 +119,7 @@ class ShapesWorld:
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device, self.negative_prompt = config, device, config.negative_prompt
         self.latent_shape = config.latent_shape()
-        self.prompts = shapes.CAPTIONS
+        self.prompts: Sequence[str] = shapes.CAPTIONS
         self.text = shapes.embed([*shapes.CAPTIONS, config.negative_prompt]).to(device)
 
     def cond(self, prompts: Sequence[str]) -> Cond:
@@ -108,7 +135,7 @@ class ShapesWorld:
 
     def _render(self, caption: Tensor, rng: Rng) -> Tensor:
         _, T, H, W = self.latent_shape
-        place = torch.stack([rng.integers(H), rng.integers(W)], dim=1)
+        place = shapes.BLOCK * torch.stack([rng.integers(n // shapes.BLOCK) for n in (H, W)], dim=1)
         return shapes.render(caption, place, rng.integers(2, (T, H, W)))
 
     def pixels(self, x0: Tensor) -> Tensor:
@@ -128,10 +155,7 @@ class PromptWorld:
     def __init__(self, config: Config, path: str, device: torch.device, dtype: torch.dtype) -> None:
         from fastdmd.models.frozen import TextEncoder  # diffusers and transformers take seconds to import
 
-        lines = [line.strip() for source in config.sources for line in Path(source).read_text("utf-8").splitlines()]
-        self.prompts = [line for line in lines if line]
-        if not self.prompts:
-            raise ValueError(f"data.sources = {list(config.sources)} hold no prompt; write a prompt a line")
+        self.prompts: Sequence[str] = read_prompts(config.sources)
         self.config, self.path, self.device, self.dtype = config, path, device, dtype
         self.latent_shape = config.latent_shape()
         self.negative_prompt = config.negative_prompt

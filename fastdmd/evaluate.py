@@ -13,7 +13,7 @@ from fastdmd import validate
 from fastdmd.checkpoint import write_atomic
 from fastdmd.hardware import peak_memory_gb
 from fastdmd.log import RunLog
-from fastdmd.report import write_report
+from fastdmd.report import comparison, write_report
 from fastdmd.validate import Sampler
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def samplers(run: "Run") -> dict[str, Sampler]:
     """By the names of summary.json: the student's sampler, and the teacher's with many steps and with the student's."""
     config, times = run.config.validation, run.method.times
     student, teacher = run.nets["student"], run.nets.get("teacher")
-    w = config.teacher_guidance if config.teacher_guidance is not None else getattr(run.config.method, "guidance", 1.0)
+    w = run.method.guidance if config.teacher_guidance is None else config.teacher_guidance
     if times is None:
         return {"student": validate.ode_sampler(student, run.schedule, config.teacher_steps, w)}
     found = {"student": validate.student_sampler(student, times)}
@@ -94,7 +94,7 @@ def keep_pictures(run: "Run", name: str, x0: Tensor) -> None:
 
 
 def finish(run: "Run") -> None:
-    """summary.json, the pictures of every sampler, and report.html."""
+    """summary.json, the pictures of every sampler, report.html and comparison.webp."""
     scores = {"student": NOT_SCORED, "teacher_50": NOT_SCORED, "teacher_few": NOT_SCORED}
     for who in samplers(run) if run.config.validation.teacher_reference else ["student"]:
         x0, scores[who] = validation_sample(run, who)
@@ -106,4 +106,6 @@ def finish(run: "Run") -> None:
         "peak_mem_gb": round(peak_memory_gb(run.device), 3),
     }
     write_atomic(run.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-    write_report(run.folder, validate.prompts_for(run.config.validation, run.world)[: run.config.validation.show])
+    shown = validate.prompts_for(run.config.validation, run.world)[: run.config.validation.show]
+    write_report(run.folder, shown)
+    comparison(run.folder, shown, run.folder / "comparison.webp")

@@ -1,14 +1,17 @@
 """What a run tells: metrics.jsonl, mirrored to tensorboard and wandb, and one live progress line."""
 
 import json
+import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 from fastdmd.checkpoint import write_atomic
+
+Row = dict[str, Any]  # of metrics.jsonl: "step" and named numbers, None where a score has no value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,56 +21,91 @@ class Config:
     project: str = "fastdmd"
     run_name: str | None = None
 
-    def problems(self):
+    def problems(self) -> Iterator[tuple[str, str]]:
         if self.every < 1:
             yield "every", f"{self.every} is not positive; 1 writes every step"
 
 
-class Mirror(Protocol):
-    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+def numbers(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if value is not None}
 
-    def close(self) -> None: ...
+
+class Mirror(Protocol):
+    """Made of (config, run's folder, rows of metrics.jsonl so far); shows a row once, however often a run is killed."""
+
+    def write(self, step: int, values: Mapping[str, float | None]) -> None: ...
+
+    def sync(self) -> None:
+        """Put what was written out of reach of a kill."""
+        ...
+
+    def close(self, failed: bool) -> None: ...
 
 
 class TensorBoard:
-    def __init__(self, config: Config, folder: Path) -> None:
+    """Event files in RUN/tensorboard, one a start; a newer one takes back what older ones have past its first step."""
+
+    def __init__(self, config: Config, folder: Path, rows: Sequence[Row]) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise ValueError(
                 "logging.backends: 'tensorboard' is not installed; pip install 'fastdmd[tensorboard]'"
             ) from None
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        last = rows[-1]["step"] if rows else 0
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=last + 1)
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
+    def write(self, step: int, values: Mapping[str, float | None]) -> None:
+        for name, value in numbers(values).items():
             self.writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def sync(self) -> None:
+        self.writer.flush()
+
+    def close(self, failed: bool) -> None:
         self.writer.close()
 
 
 class Wandb:
-    def __init__(self, config: Config, folder: Path) -> None:
+    """One wandb run over all resumes, by the id in RUN/wandb_id.
+
+    It is given the rows that it lacks: online what a kill kept from the server, offline all of them, because syncing
+    replaces a run and does not append to it.
+    """
+
+    def __init__(self, config: Config, folder: Path, rows: Sequence[Row]) -> None:
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise ValueError("logging.backends: 'wandb' is not installed; pip install 'fastdmd[wandb]'") from None
+        path = folder / "wandb_id"
         self.run = wandb.init(
-            project=config.project, name=config.run_name or folder.name, dir=str(folder), resume="allow"
+            project=config.project,
+            name=config.run_name or folder.name,
+            dir=str(folder),
+            id=path.read_text() if rows and path.exists() else None,
+            resume="allow",
         )
+        write_atomic(path, self.run.id)
+        first = self.run.step
+        for row in rows:
+            if row["step"] >= first:
+                self.write(row["step"], {name: value for name, value in row.items() if name != "step"})
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        self.run.log(dict(values), step=step)
+    def write(self, step: int, values: Mapping[str, float | None]) -> None:
+        self.run.log(numbers(values), step=step)
 
-    def close(self) -> None:
-        self.run.finish()
+    def sync(self) -> None:
+        pass  # a process of its own writes
+
+    def close(self, failed: bool) -> None:
+        self.run.finish(exit_code=int(failed))
 
 
 MIRRORS = {"tensorboard": TensorBoard, "wandb": Wandb}
 
 
-def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
+def read_metrics(path: Path, last_step: int | None = None) -> list[Row]:
     """The lines of metrics.jsonl up to a step. A last line that a killed run left half-written is dropped."""
     if not path.exists():
         return []
@@ -77,26 +115,34 @@ def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any
 
 
 class RunLog:
-    """metrics.jsonl of a run: one object a line with "step" and named numbers; rows past `step` are dropped at a resume."""
+    """metrics.jsonl of a run, one object a line; rows past `step`, which a resume makes again, are dropped."""
 
     def __init__(self, config: Config, folder: Path, step: int) -> None:
         self.config, self.path = config, folder / "metrics.jsonl"
         rows = read_metrics(self.path, step)
         write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self.file = self.path.open("a", encoding="utf-8")
-        self.mirrors: list[Mirror] = [MIRRORS[name](config, folder) for name in config.backends]
+        self.mirrors: list[Mirror] = [MIRRORS[name](config, folder, rows) for name in config.backends]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        self.file.close()
+        for mirror in self.mirrors:
+            mirror.close(failed=kind is not None)
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
-        numbers = {name: value for name, value in values.items() if value is not None}
         for mirror in self.mirrors:
-            mirror.write(step, numbers)
+            mirror.write(step, values)
 
-    def close(self) -> None:
-        self.file.close()
+    def sync(self) -> None:
+        """Flush to disk; a checkpoint must not outlive the rows of its steps."""
+        os.fsync(self.file.fileno())
         for mirror in self.mirrors:
-            mirror.close()
+            mirror.sync()
 
 
 class Progress:
@@ -106,6 +152,14 @@ class Progress:
         self.what, self.total, self.first = what, total, done
         self.start = self.shown = time.monotonic()
         self.live = sys.stderr.isatty()
+        self.open = False  # a line without its end is on the terminal
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.open:
+            print(file=sys.stderr)
 
     def show(self, done: int, note: str = "") -> None:
         now = time.monotonic()
@@ -116,8 +170,8 @@ class Progress:
         each = elapsed / count if count else 0.0
         left = f"ETA {clock(each * (self.total - done))}" if done < self.total else f"took {clock(elapsed)}"
         line = f"{self.what} {done}/{self.total}  {each:.2f} s each  {left}  {note}"
-        end = "\n" if not self.live or done == self.total else ""
-        print(("\r\x1b[2K" if self.live else "") + line, end=end, file=sys.stderr, flush=True)
+        self.open = self.live and done < self.total
+        print(("\r\x1b[2K" if self.live else "") + line, end="" if self.open else "\n", file=sys.stderr, flush=True)
 
 
 def clock(seconds: float) -> str:

@@ -81,10 +81,14 @@ class Optimizer:
         )
 
     def clip(self) -> Tensor:
-        """Scale the gradients to the clip norm; -> their global L2 norm before that, float32 []."""
+        """Scale the gradients to the clip norm; -> their global L2 norm before that, float32 [].
+
+        Under a norm that is not finite they stay as they are: a dump can tell whose fault it was.
+        """
         grads = [p.grad for p in self.params.values() if p.grad is not None]
         norm = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]).norm()
-        torch._foreach_mul_(grads, (self.config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        scale = (self.config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(grads, torch.where(norm.isfinite(), scale, 1.0))  # pyright: ignore[reportPrivateImportUsage]
         return norm
 
     @torch.no_grad()
@@ -124,7 +128,7 @@ class Optimizer:
 
 
 class EMA:
-    """A float32 shadow of the student's masters: from start_step a copy, then shadow += (1 - decay) (master - shadow)."""
+    """A float32 shadow of the student's masters: a copy to start_step, then shadow += (1 - decay) (master - shadow)."""
 
     def __init__(self, masters: Mapping[str, Tensor], config: EMAConfig) -> None:
         self.config, self.masters = config, masters
@@ -136,7 +140,8 @@ class EMA:
         if step % self.config.every:
             return
         weight = 1.0 if step <= self.config.start_step else 1 - self.config.decay
-        torch._foreach_lerp_(list(self.shadow.values()), list(self.masters.values()), weight)
+        shadow, masters = list(self.shadow.values()), list(self.masters.values())
+        torch._foreach_lerp_(shadow, masters, weight)  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:

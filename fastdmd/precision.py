@@ -15,11 +15,14 @@ class Config:
         return {"bf16": torch.bfloat16, "fp32": torch.float32}[self.compute]
 
 
+def present() -> list[str]:
+    """The devices of this machine, best first. ROCm calls itself cuda."""
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return [*(["cuda", *gpus] if gpus else []), *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+
+
 def pick_device(name: str) -> torch.device:
-    """ "auto": CUDA or ROCm, then MPS, then CPU. ValueError when a named device is not there."""
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, there in present.items() if there)
-    if not present[name.split(":")[0]]:
+    """ "auto" is the best one. ValueError when a named device is not there."""
+    if name != "auto" and name not in present():
         raise ValueError(f"run.device = '{name}' is not on this machine; use 'auto'")
-    return torch.device(name)
+    return torch.device(present()[0] if name == "auto" else name)

@@ -17,7 +17,7 @@ def _generator(device: torch.device | str, *address: int | str) -> torch.Generat
 
 
 class Rng:
-    """The draws of one stream ("student", "critic0", "data", ..) of one step, for the given samples of the global batch."""
+    """The draws of one stream ("data", "student0", "critic1", ..) of one step, for samples of the global batch."""
 
     def __init__(self, seed: int, step: int, stream: str, samples: Sequence[int], device: torch.device | str) -> None:
         self.device = torch.device(device)

@@ -3,6 +3,7 @@ rollout alike. Times are float64 on the host, descending; latents [B, C, ..] flo
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def guided(denoiser: Denoiser, uncond: Cond, w: float) -> Denoise:
 def renoise_steps(
     denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, steps: int, cond: Cond, rng: Rng
 ) -> Tensor:
-    """x at times[steps], from x at times[0] by `steps` steps x0 = denoise(x), x' = alpha' x0 + sigma' eps, eps fresh."""
+    """x at times[steps], from x at times[0] by `steps` steps x0 = denoise(x), x' = alpha' x0 + sigma' eps."""
     for i in range(steps):
         x0 = denoise(x, times[i].expand(len(x)), cond)
         x = add_noise(schedule, x0, rng.normal(x.shape[1:]), times[i + 1].expand(len(x)))
@@ -44,8 +45,8 @@ def renoise(denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, cond
 
 
 def ode(denoise: Denoise, schedule: Schedule, x: Tensor, grid: Tensor, cond: Cond) -> Tensor:
-    """Deterministic steps x' = alpha' x0 + sigma' (x - alpha x0) / sigma along grid [steps + 1]: Euler for flow, DDIM for VP."""
-    for t, t_next in zip(grid[:-1], grid[1:], strict=True):
+    """Steps x' = alpha' x0 + sigma' (x - alpha x0) / sigma along grid [steps + 1]: Euler for flow, DDIM for VP."""
+    for t, t_next in pairwise(grid):
         x0 = denoise(x, t.expand(len(x)), cond)
         now, then = coeffs(schedule, t[None], x.device), coeffs(schedule, t_next[None], x.device)
         ratio = then.sigma / now.sigma

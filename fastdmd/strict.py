@@ -3,123 +3,33 @@
 A dataclass may have `problems()`, yielding (key, message) for values that have the right type and make no sense.
 """
 
+import contextlib
 import difflib
-import re
+import math
 import tomllib
 import types
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from fastdmd.toml import Key, Source, dotted, show, to_toml
+
 T = TypeVar("T")
-Key = tuple[str, ...]
+ONE = {int: "a whole number", float: "a number", str: "quoted text", bool: "true or false"}
+MANY = {int: "whole numbers", float: "numbers", str: "quoted texts", bool: "true or false"}
 
 
-class ConfigError(ValueError):
-    """All that is wrong with a configuration, one line each."""
-
-
-@dataclass
-class Source:
-    """A parsed file with its overrides, the line of each key, and the errors found so far."""
-
-    path: Path
-    data: dict[str, Any]
-    lines: dict[Key, int]
-    overridden: set[Key] = field(default_factory=set)
-    errors: list[str] = field(default_factory=list)
-
-    def error(self, key: Key, message: str) -> None:
-        if any(key[: len(k)] == k for k in self.overridden):
-            where = "command line"
-        else:
-            known = next((key[:n] for n in range(len(key), 0, -1) if key[:n] in self.lines), None)
-            where = str(self.path) if known is None else f"{self.path}:{self.lines[known]}"
-        self.errors.append(f"{where}: {'.'.join(key)}: {message}")
-
-    def raise_errors(self) -> None:
-        if self.errors:
-            raise ConfigError("\n".join(self.errors))
-
-
-def read(path: Path, overrides: Sequence[str] = ()) -> Source:
-    """Parse a file and apply `key.path=value` overrides, values in TOML syntax."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; the repository's are in configs/") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path}: is a folder; name the .toml file in it") from None
-    except UnicodeDecodeError as e:
-        raise ConfigError(f"{path}: byte {e.start} is not UTF-8; save the file as UTF-8") from None
-    try:
-        source = Source(path, tomllib.loads(text), _key_lines(text))
-    except tomllib.TOMLDecodeError as e:
-        raise ConfigError(f"{path}: not TOML: {e}; mend that line") from None
-    for override in overrides:
-        _override(source, override)
-    return source
-
-
-def _key_lines(text: str) -> dict[Key, int]:
-    """The line of each table and key, by reading lines: tomllib keeps no positions."""
-    lines: dict[Key, int] = {}
-    table: Key = ()
-    for n, line in enumerate(text.splitlines(), 1):
-        if header := re.match(r"\s*\[([\w.\- ]+)\]", line):
-            table = tuple(part.strip() for part in header[1].split("."))
-            lines[table] = n
-        elif key := re.match(r"\s*([\w.\-]+)\s*=", line):
-            lines[(*table, *key[1].split("."))] = n
-    return lines
-
-
-def _override(source: Source, text: str) -> None:
-    name, equals, value = text.partition("=")
-    key = tuple(part.strip() for part in name.split("."))
-    if not equals or not all(key):
-        source.errors.append(f"command line: '{text}' is not key=value; e.g. optim.student.lr=1e-5")
-        return
-    try:
-        parsed = tomllib.loads(f"x = {value}")["x"]
-    except tomllib.TOMLDecodeError:
-        source.errors.append(
-            f"command line: {name}: {value!r} is not a TOML value; text needs quotes: '{name}=\"{value}\"'"
-        )
-        return
-    table = source.data
-    for i, part in enumerate(key[:-1]):
-        table = table.setdefault(part, {})
-        if not isinstance(table, dict):
-            source.errors.append(
-                f"command line: {name}: {'.'.join(key[: i + 1])} is a value, not a table; check the name"
-            )
-            return
-    table[key[-1]] = parsed
-    source.overridden.add(key)
+def closest(name: str, known: Iterable[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
 
 
 def build(cls: type[T], table: Any, key: Key, source: Source) -> T | None:
-    """A dataclass from a table; None when something in it is wrong, which `source` then holds."""
+    """A dataclass from a table; None when a field cannot be made. `source` holds what is wrong."""
     if not isinstance(table, Mapping):
-        source.error(key, f"{table!r} is a value; write it as a table [{'.'.join(key)}]")
+        source.error(key, f"{show(table)} is a value; write it as a table [{dotted(key)}]")
         return None
-    before = len(source.errors)
-    hints = get_type_hints(cls)
-    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
-    for name in table:
-        if name not in known:
-            source.error((*key, name), unknown(name, known))
-    values = {}
-    for name, f in known.items():
-        if name in table:
-            values[name] = _convert(hints[name], table[name], (*key, name), source)
-        elif f.default is MISSING and f.default_factory is MISSING:
-            what = _describe(hints[name])
-            remedy = f"add the table [{'.'.join((*key, name))}]" if what == "a table" else f"write {name} = <{what}>"
-            source.error((*key, name), f"missing; {remedy}")
-    if len(source.errors) > before:
+    values = convert(cls, table, key, source)
+    if len(values) < len(fields(cls)):  # type: ignore[arg-type]
         return None
     built = cls(**values)
     if hasattr(built, "problems"):
@@ -128,53 +38,104 @@ def build(cls: type[T], table: Any, key: Key, source: Source) -> T | None:
     return built
 
 
-def unknown(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return (
-        f"unknown key; did you mean '{close[0]}'?" if close else f"unknown key; known are {', '.join(known) or 'none'}"
-    )
+def convert(cls: type, table: Mapping[str, Any], key: Key, source: Source) -> dict[str, Any]:
+    """The fields of a dataclass by a table, and their defaults; without those that are wrong, which `source` holds."""
+    hints, known = get_type_hints(cls), {f.name: f for f in fields(cls)}
+    meant = {}  # by misspelled keys
+    for name in table:
+        if name not in known:
+            source.error((*key, name), unknown(name, known))
+            meant[closest(name, known)] = table[name]
+    values = {}
+    for name, f in known.items():
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        value = default
+        if name in table:
+            value = _convert(hints[name], table[name], (*key, name), source, default)
+        elif default is MISSING and name not in meant:
+            source.error((*key, name), f"missing; {_add(hints[name], (*key, name))}")
+        # a misspelled table has what this one seems to lack
+        if value is not MISSING and not isinstance(meant.get(name), Mapping):
+            values[name] = value
+    return values
 
 
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+def unknown(name: str, known: Iterable[str]) -> str:
+    close = closest(name, known)
+    return f"unknown key; did you mean '{close}'?" if close else f"unknown key; known are {', '.join(known) or 'none'}"
 
 
-def _convert(hint: Any, value: Any, key: Key, source: Source) -> Any:
-    alternatives = [a for a in _alternatives(hint) if a is not types.NoneType]
-    if tables := [a for a in alternatives if is_dataclass(a)]:
+def one_of(given: Any, known: Sequence[Any]) -> str:
+    close = closest(str(given), map(str, known))
+    names, remedy = ", ".join(map(str, known)), f"did you mean '{close}'?" if close else "use one of them"
+    return f"{show(given)} is not one of {names}; {remedy}"
+
+
+def _add(hint: Any, key: Key) -> str:
+    """How to write what is missing."""
+    tables = [a for a in _alternatives(hint) if is_dataclass(a)]
+    if not tables:
+        return f"write {key[-1]} = <{_describe(_alternatives(hint))}>"
+    names = f" with name = {' or '.join(repr(n) for n in _names(tables))}" if len(tables) > 1 else ""
+    return f"add the table [{dotted(key)}]{names}"
+
+
+def _alternatives(hint: Any) -> list[Any]:
+    found = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return [a for a in found if a is not types.NoneType]
+
+
+def _convert(hint: Any, value: Any, key: Key, source: Source, default: Any) -> Any:
+    """The value as the hint has it. For a wrong one the default, with which the rest can be checked, or MISSING."""
+    alternatives = _alternatives(hint)
+    if get_origin(hint) is dict:
+        return _tables(hint, value, key, source)
+    if tables := [a for a in alternatives if isinstance(a, type) and is_dataclass(a)]:
         table = tables[0] if len(tables) == 1 else _named(tables, value, key, source)
-        return table and build(table, value, key, source)
+        built = table and build(table, value, key, source)
+        return MISSING if built is None else built
     for alternative in alternatives:
-        if get_origin(alternative) is dict:
-            _, item = get_args(alternative)
-            if not isinstance(value, Mapping):
-                source.error(key, f"{value!r} is a value; write tables [{'.'.join(key)}.NAME]")
-                return None
-            return {name: _convert(item, v, (*key, name), source) for name, v in value.items()}
         matched, converted = _match(alternative, value)
         if matched:
             return converted
-    literals = [v for a in alternatives if get_origin(a) is Literal for v in get_args(a)]
-    if literals and isinstance(value, str):
-        close = difflib.get_close_matches(value, [str(v) for v in literals], n=1)
-        hint_text = f"; did you mean '{close[0]}'?" if close else "; use one of them"
-        source.error(key, f"'{value}' is not one of {', '.join(str(v) for v in literals)}{hint_text}")
-    else:
-        source.error(key, f"{value!r} is not {_describe(hint)}; write {key[-1]} = <{_describe(hint)}>")
-    return None
+    source.error(key, _mismatch(alternatives, value, key[-1], default))
+    return default
+
+
+def _tables(hint: Any, value: Any, key: Key, source: Source) -> Any:
+    """Tables by name, those that are wrong as None; MISSING when a name is wrong."""
+    names, item = get_args(hint)
+    known = get_args(names)
+    given = value if isinstance(value, Mapping) else {show(value): value}
+    if plain := [n for n, v in given.items() if not isinstance(v, Mapping)]:
+        source.error(
+            key, f"{', '.join(plain)} outside of [{dotted(key)}.NAME]; write it under [{dotted((*key, known[0]))}]"
+        )
+        return MISSING
+    strange = [name for name in value if name not in known]
+    for name in strange:
+        source.error((*key, name), unknown(name, known))
+    tables = {name: build(item, value[name], (*key, name), source) for name in known if name in value}
+    return MISSING if strange else tables
+
+
+def _names(tables: list[Any]) -> dict[str, Any]:
+    """Dataclasses by their field `name: Literal[..]`."""
+    return {get_args(get_type_hints(t)["name"])[0]: t for t in tables}
 
 
 def _named(tables: list[Any], value: Any, key: Key, source: Source) -> Any:
-    """The dataclass whose field `name: Literal[..]` is the table's name."""
-    names = {get_args(get_type_hints(t)["name"])[0]: t for t in tables}
-    given = value.get("name") if isinstance(value, Mapping) else None
-    if given is None:
-        source.error(key, f"no name; write [{'.'.join(key)}] with name = '{next(iter(names))}' (of {', '.join(names)})")
-    elif given not in names:
-        close = difflib.get_close_matches(str(given), list(names), n=1)
-        remedy = f"did you mean '{close[0]}'?" if close else "use one of them"
-        source.error((*key, "name"), f"'{given}' is not one of {', '.join(names)}; {remedy}")
-    return names.get(given)
+    """The dataclass that the table names."""
+    names = _names(tables)
+    if not isinstance(value, Mapping):
+        source.error(key, f"{show(value)} is a value; {_add(Union[tuple(tables)], key)}")  # noqa: UP007
+    elif "name" not in value:
+        source.error((*key, "name"), f"missing; write name = {' or '.join(map(repr, names))}")
+    elif value["name"] in list(names):
+        return names[value["name"]]
+    else:
+        source.error((*key, "name"), one_of(value["name"], list(names)))
+    return None
 
 
 def _match(hint: Any, value: Any) -> tuple[bool, Any]:
@@ -183,34 +144,67 @@ def _match(hint: Any, value: Any) -> tuple[bool, Any]:
     if origin is Literal:
         return any(type(value) is type(v) and value == v for v in get_args(hint)), value
     if origin is tuple:
-        items = get_args(hint)
-        if not isinstance(value, list):
-            return False, None
-        if len(items) == 2 and items[1] is Ellipsis:
-            items = (items[0],) * len(value)
-        if len(items) != len(value):
-            return False, None
-        pairs = [_match(item, v) for item, v in zip(items, value, strict=True)]
-        return all(ok for ok, _ in pairs), tuple(v for _, v in pairs)
+        items = _items(hint, value)
+        matches = [_match(item, v) for item, v in items or ()]
+        return items is not None and all(ok for ok, _ in matches), tuple(v for _, v in matches)
     if hint is float and type(value) in (int, float):
-        return value == value and abs(value) != float("inf"), float(value)
+        return math.isfinite(value), float(value)
     return type(value) is hint, value
 
 
-def _describe(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+def _items(hint: Any, value: Any) -> list[tuple[Any, Any]] | None:
+    """A list's elements by their types, None when it is no list or has another length."""
+    types = get_args(hint)
+    if not isinstance(value, list):
+        return None
+    if types[1:] == (Ellipsis,):
+        types = types[:1] * len(value)
+    return list(zip(types, value, strict=True)) if len(types) == len(value) else None
+
+
+def _mismatch(alternatives: list[Any], value: Any, name: str, default: Any) -> str:
+    """Why a value has none of the types, and what to write."""
+    what = f"{show(value)} is not {_describe(alternatives, value)}"
+    for a in alternatives:
+        if get_origin(a) is tuple and (items := _items(a, value)):
+            item, bad = next((item, v) for item, v in items if not _match(item, v)[0])
+            if get_origin(item) is Literal:
+                return one_of(bad, get_args(item))
+            what = f"{show(bad)} in {show(value)} is not {_describe([item], bad)}"
+    literals = [v for a in alternatives if get_origin(a) is Literal for v in get_args(a)]
+    if literals and isinstance(value, str):
+        return one_of(value, literals)
+    for meant in _meant(value):
+        if any(_match(a, meant)[0] for a in alternatives):
+            return f"{what}; write {name} = {to_toml(meant)}"
+    if default in (MISSING, None, "", ()):
+        return f"{what}; write {name} = <{_describe(alternatives)}>"
+    return f"{what}; e.g. {name} = {to_toml(default)}"
+
+
+def _meant(value: Any) -> Iterator[Any]:
+    """What a value of the wrong type may stand for: "1" for 1, 1.0 for 1, "a" for ["a"]."""
+    if isinstance(value, str):
+        with contextlib.suppress(tomllib.TOMLDecodeError):
+            yield from tomllib.loads(f"x = {value}").values()
+    if isinstance(value, float) and value.is_integer():
+        yield int(value)
+    yield [value]
+
+
+def _describe(alternatives: list[Any], value: Any = None) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "finite"
     words = []
-    for a in _alternatives(hint):
-        if a in names:
-            words.append(names[a])
-        elif get_origin(a) is Literal:
-            words += [str(v).lower() if isinstance(v, bool) else f"'{v}'" for v in get_args(a)]
+    for a in alternatives:
+        if get_origin(a) is Literal:
+            words += [show(v) for v in get_args(a)]
         elif get_origin(a) is tuple:
-            items = get_args(a)
-            many = len(items) == 2 and items[1] is Ellipsis
-            words.append(f"a list of {'' if many else f'{len(items)} '}{names[items[0]].split()[-1]}s")
-        elif a is not types.NoneType:
-            words.append("a table")
+            item, *more = get_args(a)
+            count = "" if more == [Ellipsis] else f"{1 + len(more)} "
+            words.append(f"a list of {count}{MANY.get(item) or _describe([item])}")
+        else:
+            words.append(ONE[a])
     return " or ".join(words)
 
 
@@ -226,19 +220,8 @@ def _dump_tables(config: Any, key: Key) -> Iterator[str]:
     if key and (plain or not tables):
         yield f"[{'.'.join(key)}]"
     for k, v in plain:
-        yield f"{k} = {_toml(v)}"
+        yield f"{k} = {to_toml(v)}"
     if plain:
         yield ""
     for k, v in tables:
         yield from _dump_tables(v, (*key, k))
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return f"[{', '.join(_toml(v) for v in value)}]"
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
-        return f'"{escaped}"'
-    return repr(value)

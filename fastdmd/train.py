@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ class Run:
     ema: EMA | None
     step: int = 0  # finished steps
     seconds: float = 0.0  # of training, over all resumes
+    recent: dict[str, float] = field(default_factory=dict)  # newest value of each metric since the last row
     stop: bool = False  # asked to, by a signal
 
     @property
@@ -88,37 +89,38 @@ def make_net(config: Config, role: str, device: torch.device) -> Wan:
     assert config.model.architecture is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
-        return Wan(config.model.architecture).to(device)
+        return Wan(config.model.architecture).start_from_scratch().to(device)
 
 
 def train(config: Config) -> Run:
     """Run to max_steps, from the newest checkpoint if there is one; Interrupted or Diverged stop it earlier."""
     run = build(config)
     restore(run)
-    run.folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.make_folder(run.folder)
     checkpoint.write_atomic(run.folder / "config.toml", configs.dump(config))
-    log = RunLog(config.logging, run.folder, run.step)
     max_steps, peak = config.run.max_steps, peak_flops(run.device, config.precision.dtype)
-    progress = Progress("step", max_steps, run.step)
-    with stop_on_signals(run):
+    log, progress = RunLog(config.logging, run.folder, run.step), Progress("step", max_steps, run.step)
+    with stop_on_signals(run), log, progress:
         while run.step < max_steps:
             start, flops = time.perf_counter(), count_flops(run)
             values = take_step(run)
             seconds = time.perf_counter() - start
             run.seconds += seconds
+            run.recent |= values
             if run.step % config.logging.every == 0 or run.step == max_steps:
-                values["perf/step_s"] = seconds
-                values["perf/mfu"] = (count_flops(run) - flops) / seconds / peak
-                values["perf/mem_gb"] = peak_memory_gb(run.device)
-                log.write(run.step, values)
+                mfu = (count_flops(run) - flops) / seconds / peak
+                perf = {"perf/step_s": seconds, "perf/mfu": mfu, "perf/mem_gb": peak_memory_gb(run.device)}
+                log.write(run.step, run.recent | perf)
+                run.recent = {}
             progress.show(run.step, "  ".join(f"{k.split('/')[1]} {v:.4g}" for k, v in values.items() if "loss" in k))
             if config.validation.every and run.step % config.validation.every == 0 and run.step < max_steps:
                 validate_step(run, log)
-            if run.step % config.checkpoint.every == 0 or run.step == max_steps or run.stop:
+            stop = run.stop  # read once: a signal may come at any moment
+            if run.step % config.checkpoint.every == 0 or run.step == max_steps or stop:
+                log.sync()
                 save(run)
-            if run.stop:
+            if stop:
                 raise Interrupted(f"stopped at step {run.step} of {max_steps}; checkpoint saved")
-    log.close()
     finish(run)
     return run
 
@@ -143,7 +145,7 @@ def take_step(run: Run) -> dict[str, float]:
         # the one read of the device in a phase: nothing that is not finite may reach the weights
         read = dict(zip([*means, f"grad_norm_{phase}"], torch.stack([*means.values(), norm]).tolist(), strict=True))
         if not all(map(math.isfinite, read.values())):
-            raise Diverged(dump_nonfinite(run, phase, read, batches))
+            raise Diverged(dump_nonfinite(run, phase, index, read, batches))
         run.optimizers[phase].step(run.step)
         values |= {f"train/{name}": value for name, value in read.items()}
     run.step += 1
@@ -152,7 +154,7 @@ def take_step(run: Run) -> dict[str, float]:
     return values
 
 
-def dump_nonfinite(run: Run, phase: str, read: Mapping[str, float], batches: list[Batch]) -> str:
+def dump_nonfinite(run: Run, phase: str, index: int, read: Mapping[str, float], batches: list[Batch]) -> str:
     """Save what reproduces a step that was not finite, and say which tensor it was."""
     grads = run.optimizers[phase].params
     bad = [
@@ -165,10 +167,12 @@ def dump_nonfinite(run: Run, phase: str, read: Mapping[str, float], batches: lis
         "step": run.step + 1,
         "seed": run.config.run.seed,
         "phase": phase,
+        "stream": f"{phase}{index}",  # of Rng
         "read": {k: repr(v) for k, v in read.items()},
     }
     checkpoint.write_atomic(path / "dump.json", json.dumps({**facts, "not_finite": bad}, indent=1))
     tensors = {f"text.{i}": b.cond.text for i, b in enumerate(batches)}
+    tensors |= {f"uncond.{i}": b.uncond.text for i, b in enumerate(batches)}
     tensors |= {f"x0.{i}": b.x0 for i, b in enumerate(batches) if b.x0 is not None}
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path / "batch.safetensors")
     more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
@@ -186,7 +190,7 @@ def save(run: Run) -> Path:
     if run.ema:
         tensors["ema"] = run.ema.shadow
     batch = run.config.run.batch_size * run.config.run.grad_accum
-    state = {"samples": run.step * batch, "seconds": run.seconds}
+    state = {"samples": run.step * batch, "seconds": run.seconds, "recent": run.recent}
     return checkpoint.save(run.folder / "checkpoints", run.step, tensors, state, run.config.checkpoint.keep)
 
 
@@ -196,16 +200,22 @@ def restore(run: Run) -> None:
     if found is None:
         return
     manifest, tensors = checkpoint.load(found)
-    wanted = {*run.optimizers, *(f"optim_{role}" for role in run.optimizers), *(["ema"] if run.ema else [])}
-    if missing := wanted - set(tensors):
-        raise ValueError(
-            f"{found} has no {', '.join(sorted(missing))}; resume with the configuration that it was saved under"
-        )
+    remedy = "resume with the configuration that it was saved under"
+    wanted = {role: optimizer.masters for role, optimizer in run.optimizers.items()}
+    wanted |= {"ema": run.ema.shadow} if run.ema else {}
+    if missing := {*wanted, *(f"optim_{role}" for role in run.optimizers)} - set(tensors):
+        raise ValueError(f"{found} has no {', '.join(sorted(missing))}; {remedy}")
+    if other := [name for name, values in wanted.items() if shapes(tensors[name]) != shapes(values)]:
+        raise ValueError(f"{found}: {', '.join(other)} has another architecture; {remedy}")
     for role, optimizer in run.optimizers.items():
         optimizer.load(tensors[role], tensors[f"optim_{role}"])
     if run.ema:
         run.ema.load(tensors["ema"])
-    run.step, run.seconds = manifest["step"], manifest["seconds"]
+    run.step, run.seconds, run.recent = manifest["step"], manifest["seconds"], manifest["recent"]
+
+
+def shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(value.shape) for name, value in tensors.items()}
 
 
 def reopen(path: Path) -> Run:
@@ -214,8 +224,8 @@ def reopen(path: Path) -> Run:
         raise ValueError(f"{path} has no config.toml; name the output_dir of a run")
     if not checkpoint.complete(path / "checkpoints"):
         raise ValueError(f"{path} has no checkpoint yet; train it first")
-    config = configs.load(path / "config.toml")
-    # the folder may have been moved
+    # the run may have been started from elsewhere, and the folder may have been moved
+    config = configs.load(path / "config.toml", ['checkpoint.resume="latest"'])
     run = build(replace(config, run=replace(config.run, output_dir=str(path))))
     restore(run)
     return run
@@ -224,13 +234,14 @@ def reopen(path: Path) -> Run:
 def export_student(path: Path, out: Path) -> None:
     """The student of a run's newest checkpoint, under its validation weights, as a diffusers pipeline folder."""
     run = reopen(path)
-    if run.method.times is None:
-        raise ValueError(f"{path}: method '{run.config.method.name}' has no few-step student; export a distilled run")
-    ema = run.ema is not None and run.config.validation.weights == "ema"
-    weights = run.ema.shadow if run.ema and ema else run.optimizers["student"].masters
+    config, times = run.config, run.method.times
+    ema = run.ema if config.validation.weights == "ema" else None
+    weights = ema.shadow if ema else run.optimizers["student"].masters
     net = run.nets["student"].net
-    assert isinstance(net, Wan) and run.config.model.path
-    folder.export(out, net.config, weights, run.method.times.tolist(), Path(run.config.model.path))
+    assert isinstance(net, Wan)
+    source = Path(config.model.path) if config.model.path else None
+    steps = None if times is None else times.tolist()
+    folder.export(out, net.config, weights, steps, config.schedule.flow_shift, source)
 
 
 @contextmanager

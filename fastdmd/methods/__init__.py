@@ -18,6 +18,7 @@ class Method(Protocol):
 
     roles: Mapping[str, Role]
     times: Tensor | None  # the student's own times, float64 [n] descending; None: it has no few-step sampler
+    guidance: float  # of the teacher that the student is made after; 1 is off
 
     def phases(self, step: int) -> tuple[str, ...]:
         """What step `step` trains, in order."""

@@ -26,6 +26,7 @@ class Flow:
     roles: ClassVar = {"student": "train"}
     uses: ClassVar = ()  # config tables beside [method]
     times = None
+    guidance = 1.0
 
     def __init__(self, config: Config, *, flow_shift: float) -> None:
         self.config, self.flow_shift = config, flow_shift

@@ -48,15 +48,18 @@ class ScoreConfig:
     score_window: Literal["none", "lower", "upper", "both"] = "none"
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        steps = list(self.denoising_timesteps)
+        steps = [int(t) if t.is_integer() else t for t in self.denoising_timesteps]
         if not steps:
             yield "denoising_timesteps", "is empty; e.g. [1000, 757, 522]"
         elif not all(0 < t <= 1000 for t in steps):
-            yield "denoising_timesteps", f"{steps} leaves (0, 1000]; model timesteps are 1000 sigma"
+            yield (
+                "denoising_timesteps",
+                f"{steps} leaves (0, 1000]; give 1000 times the noise levels, e.g. [1000, 757, 522]",
+            )
         elif sorted(set(steps), reverse=True) != steps:
             yield "denoising_timesteps", f"{steps} does not descend; use {sorted(set(steps), reverse=True)}"
         elif steps[0] != 1000:
-            yield "denoising_timesteps", f"{steps} starts at {steps[0]:g}; sampling starts from pure noise, so at 1000"
+            yield "denoising_timesteps", f"{steps} starts at {steps[0]}; start at 1000, from pure noise"
         if self.score_timestep_shift is not None and self.score_timestep_shift <= 0:
             yield "score_timestep_shift", f"{self.score_timestep_shift} is not positive; 1 is off"
         low, high = self.score_timestep_range
@@ -82,6 +85,7 @@ class ScoreDistillation:
 
     def __init__(self, config: Any, *, flow_shift: float, rollout: rollouts.Config, critic: CriticConfig) -> None:
         self.config, self.rollout_config = config, rollout
+        self.guidance = config.guidance
         self.times = student_times(config.denoising_timesteps, config.warp_timesteps, flow_shift)
         self.score_shift = flow_shift if config.score_timestep_shift is None else config.score_timestep_shift
         self.rollouts_per_generator = critic.updates_per_generator // critic.updates_per_rollout
@@ -116,7 +120,7 @@ class ScoreDistillation:
     def scores(
         self, nets: Mapping[str, Denoiser], x0: Tensor, made: rollouts.Rollout, batch: Batch, rng: Rng
     ) -> Scores:
-        """Critic and teacher at z = alpha(s) x0 + sigma(s) eps; guidance is one batched call, left out when it is off."""
+        """Critic and teacher at z = alpha(s) x0 + sigma(s) eps; guidance is one batched call, left out when off."""
         critic, teacher, config = nets["critic"], nets["teacher"], self.config
         s = self.score_time(rng, made)
         z = add_noise(critic.schedule, x0, rng.normal(batch.latent_shape), s)

@@ -3,11 +3,12 @@
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -30,26 +31,53 @@ COMPONENTS = {
 
 def read_config(folder: Path) -> WanConfig:
     """The architecture of `folder/transformer`; ValueError for what is not a text-to-video Wan 2.1."""
-    raw = json.loads((folder / "transformer" / "config.json").read_text())
+    path = folder / "transformer" / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # not UTF-8 and not JSON are both ValueErrors
+        raise ValueError(f"{path} is not JSON; download or save the folder again") from None
     if raw.get("_class_name") != "WanTransformer3DModel":
-        raise ValueError(f"{folder}: transformer is a {raw.get('_class_name')}, not a WanTransformer3DModel")
+        raise ValueError(
+            f"{folder}: transformer is a {raw.get('_class_name')}, not a WanTransformer3DModel; "
+            "name a diffusers folder of Wan 2.1"
+        )
+    if (folder / "transformer_2").exists():
+        raise ValueError(f"{folder}: has a transformer_2/, as Wan 2.2 has; name a text-to-video Wan 2.1")
     for key, value in FIXED.items():
         if raw.get(key, value) != value:
-            raise ValueError(f"{folder}: transformer has {key} = {raw[key]!r}; only text-to-video Wan 2.1 is supported")
+            raise ValueError(f"{folder}: transformer has {key} = {raw[key]!r}; name a text-to-video Wan 2.1")
     known = {f.name for f in fields(WanConfig)}
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items() if key in known}
-    return WanConfig(**given)
+    if absent := [f.name for f in fields(WanConfig) if f.default is MISSING and f.name not in given]:
+        raise ValueError(f"{path} has no {', '.join(absent)}; download or save the folder again")
+    config = WanConfig(**given)
+    if config.in_channels != config.out_channels:  # the rest is an image (Wan 2.2 image-to-video has no other mark)
+        raise ValueError(
+            f"{folder}: transformer has in_channels = {config.in_channels} but out_channels = {config.out_channels}; "
+            "name a text-to-video Wan 2.1"
+        )
+    return config
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """The tensors of `folder/transformer`, from one safetensors file or from shards with an index."""
     single, index = (folder / "transformer" / f"{WEIGHTS}.safetensors{end}" for end in ("", ".index.json"))
     if single.is_file():
-        return load_file(single)
+        return _read(single)
     if not index.is_file():
-        raise ValueError(f"{folder}: transformer has neither {single.name} nor {index.name}; only safetensors are read")
+        raise ValueError(
+            f"{folder}: transformer has neither {single.name} nor {index.name}; only safetensors are read, "
+            "so save it with safe_serialization"
+        )
     names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    return {key: value for name in names for key, value in load_file(index.with_name(name)).items()}
+    return {key: value for name in names for key, value in _read(index.with_name(name)).items()}
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (FileNotFoundError, SafetensorError) as e:
+        raise ValueError(f"{path} cannot be read ({e}); download or save the folder again") from None
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu") -> Wan:
@@ -57,11 +85,21 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> Wan:
     folder = Path(folder)
     with torch.device("meta"):
         net = Wan(read_config(folder))
-    weights = {key: value.to(device, torch.float32) for key, value in read_weights(folder).items()}
-    try:
-        net.load_state_dict(weights, assign=True)
-    except RuntimeError as e:
-        raise ValueError(f"{folder}: weights do not fit config.json: {e}") from None
+    weights, expected = read_weights(folder), net.state_dict()
+    wrong = [f"{name} is missing" for name in expected if name not in weights]
+    wrong += [f"{name} is unknown" for name in weights if name not in expected]
+    wrong += [
+        f"{name} is {list(weights[name].shape)}, not {list(value.shape)}"
+        for name, value in expected.items()
+        if name in weights and weights[name].shape != value.shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"{folder}: the weights of transformer do not fit its config.json: {', '.join(wrong[:3])}{more}; "
+            "download or save the folder again"
+        )
+    net.load_state_dict({key: value.to(device, torch.float32) for key, value in weights.items()}, assign=True)
     return net
 
 
@@ -118,23 +156,34 @@ def lcm_scheduler_config(times: Sequence[float]) -> dict[str, object]:
 
 
 def export(
-    folder: Path, config: WanConfig, weights: Mapping[str, Tensor], times: Sequence[float], source: Path
+    folder: Path,
+    config: WanConfig,
+    weights: Mapping[str, Tensor],
+    times: Sequence[float] | None,
+    flow_shift: float,
+    source: Path | None,
 ) -> None:
-    """A diffusers pipeline folder of a few-step student; text encoder, tokenizer and VAE are copied from `source`."""
-    from diffusers import FlowMatchLCMScheduler, __version__
+    """A diffusers pipeline folder; text encoder, tokenizer and VAE are copied from `source` where it has them.
 
-    scheduler = FlowMatchLCMScheduler.from_config(lcm_scheduler_config(times))
+    Its scheduler takes the few re-noising steps of a student at `times`; without times it is a many-step model's Euler.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler, __version__
+
+    if times is None:
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=flow_shift)
+    else:
+        scheduler = FlowMatchLCMScheduler.from_config(lcm_scheduler_config(times))
     save(folder, config, weights)
     scheduler.save_pretrained(folder / "scheduler")
     index: dict[str, object] = {"_class_name": "WanPipeline", "_diffusers_version": __version__}
     index |= {
-        "scheduler": ["diffusers", "FlowMatchLCMScheduler"],
+        "scheduler": ["diffusers", type(scheduler).__name__],
         "transformer": ["diffusers", "WanTransformer3DModel"],
     }
-    original = source / "model_index.json"
-    given = json.loads(original.read_text()) if original.is_file() else {}
+    original = source / "model_index.json" if source else None
+    given = json.loads(original.read_text()) if original and original.is_file() else {}
     for name, kind in COMPONENTS.items():
         index[name] = given.get(name, kind)
-        if (source / name).is_dir():
+        if source and (source / name).is_dir():
             shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

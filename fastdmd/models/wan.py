@@ -168,7 +168,7 @@ class Block(nn.Module):
 
 
 class Wan(nn.Module):
-    """The network of one role: x_t [B, C, T, H, W], model_t [B] (1000 t), text [B, S, text_dim] -> F = v [B, C, T, H, W]."""
+    """A role's network: x_t [B, C, T, H, W], model_t [B] (1000 t), text [B, S, text_dim] -> F = v [B, C, T, H, W]."""
 
     def __init__(self, config: WanConfig, tile: Grid | None = None) -> None:
         super().__init__()
@@ -181,6 +181,22 @@ class Wan(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.proj_out = nn.Linear(D, config.out_channels * math.prod(config.patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, D) / D**0.5)
+
+    @torch.no_grad()
+    def start_from_scratch(self) -> "Wan":
+        """Random weights that can learn: open residual gates, and random q and k biases.
+
+        The biases give every head a kernel over token offsets, sum_i q_i k_i cos(w_i d), from the first step. Without
+        them attention starts position-blind: a tiny model then only pools its neighbours for its first 1,000 steps.
+        """
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.scale_shift_table[:, [2, 5]] = 1.0
+            for linear in (block.attn1.to_q, block.attn1.to_k):
+                linear.bias.normal_()
+            for norm in (block.attn1.norm_q, block.attn1.norm_k):
+                norm.weight.fill_(2.0)
+        return self
 
     def grid(self, shape: Iterable[int]) -> Grid:
         """Tokens (T, H, W) of a latent [.., C, T, H, W]; ValueError when patches do not fit."""
@@ -224,8 +240,8 @@ class Wan(nn.Module):
         return self.unpatchify(self.proj_out(x), grid)
 
     def cast(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Round parameters to the compute dtype in place, but for what diffusers keeps in float32 (time embedder, norms,
-        modulation). -> the float32 originals of those that were rounded, by name: an optimizer's masters."""
+        """Round parameters to the compute dtype in place, but for what diffusers keeps in float32: time embedder, norm2
+        and modulation. -> the float32 originals of those that were rounded, by name: an optimizer's masters."""
         masters = {}
         for name, parameter in self.named_parameters():
             kept = "time_embedder" in name or "norm2" in name or "scale_shift_table" in name

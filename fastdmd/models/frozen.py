@@ -1,0 +1,60 @@
+"""The frozen parts of a Wan 2.1 folder: UMT5 text encoder and video VAE, from diffusers and transformers.
+
+B batch, C channel, T frames, H W space, S text tokens.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastdmd.log import Progress
+
+TEXT_TOKENS = 512
+
+
+class TextEncoder:
+    """Prompts -> embeddings [n, 512, D] on the host, zeros behind each prompt's last token, as Wan was trained."""
+
+    def __init__(self, path: str, device: torch.device, dtype: torch.dtype) -> None:
+        from transformers import AutoTokenizer, UMT5EncoderModel
+
+        self.tokenizer = AutoTokenizer.from_pretrained(path, subfolder="tokenizer")
+        self.model = UMT5EncoderModel.from_pretrained(path, subfolder="text_encoder", dtype=dtype)
+        self.model.requires_grad_(False).eval()
+        self.device = device
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str], batch_size: int = 8) -> Tensor:
+        """The encoder is on the device only while it works: it is larger than a 1.3B student."""
+        self.model.to(self.device)
+        done, progress = [], Progress("encoding prompts", len(prompts))
+        for first in range(0, len(prompts), batch_size):
+            tokens = self.tokenizer(
+                [" ".join(prompt.split()) for prompt in prompts[first : first + batch_size]],
+                padding="max_length",
+                max_length=TEXT_TOKENS,
+                truncation=True,
+                return_tensors="pt",
+            )
+            mask = tokens.attention_mask.to(self.device)
+            text = self.model(tokens.input_ids.to(self.device), mask).last_hidden_state
+            done.append((text * mask[..., None]).cpu())
+            progress.show(min(first + batch_size, len(prompts)))
+        self.model.to("cpu")
+        return torch.cat(done)
+
+
+@torch.no_grad()
+def decode(path: str, x0: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Latents [B, C, T, H, W] -> pixels uint8 [B, 4 T - 3, 8 H, 8 W, 3] on the host, one video at a time."""
+    from diffusers import AutoencoderKLWan
+
+    vae = AutoencoderKLWan.from_pretrained(path, subfolder="vae", torch_dtype=dtype).to(device)
+    mean, std = (
+        torch.tensor(values, device=device, dtype=dtype).view(1, -1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    videos = [vae.decode(x.to(device, dtype)[None] * std + mean, return_dict=False)[0] for x in x0]
+    video = torch.cat(videos).float().cpu().clamp(-1, 1)
+    return (video * 127.5 + 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)

@@ -1,0 +1,17 @@
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import write_toml
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """The networks of the tests are too small for more, and workers would fight over the cores."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def dmd_toml(tmp_path: Path) -> Path:
+    """A whole configuration of milliseconds a step; its run is in tmp_path/run."""
+    return write_toml(tmp_path, "dmd")

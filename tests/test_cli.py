@@ -1,0 +1,148 @@
+"""The command line as a user meets it: quick help, what doctor shows, exit codes, and a run that goes on."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import fastdmd_kernels
+from fastdmd.cli import app
+
+COMMANDS = ("train", "sample", "eval", "export", "doctor")
+HELP = [sys.executable, "-c", "from fastdmd.cli import main; main()", "--help"]
+TINY = """\
+[run]
+output_dir = "run"
+max_steps = 400
+batch_size = 1
+device = "cpu"
+
+[model]
+family = "wan2.1"
+
+[model.architecture]
+num_attention_heads = 1
+attention_head_dim = 12
+num_layers = 1
+ffn_dim = 12
+in_channels = 3
+out_channels = 3
+text_dim = 32
+freq_dim = 8
+
+[schedule]
+flow_shift = 3.0
+
+[method]
+name = "flow"
+
+[optim.student]
+lr = 1e-3
+
+[precision]
+compute = "fp32"
+
+[data]
+sources = ["shapes"]
+frames = 2
+resolution = [16, 16]
+
+[validation]
+samples = 1
+teacher_steps = 2
+
+[logging]
+every = 1
+"""
+
+
+def cpu_seconds(command):
+    """User and system time of a process and its children."""
+    before = os.times()
+    subprocess.run(command, check=True, capture_output=True)
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system
+
+
+def test_help_answers_at_once():
+    assert min(cpu_seconds(HELP) for _ in range(4)) < 0.5
+
+
+def test_help_imports_no_framework():
+    code = "import sys; from fastdmd.cli import app; app(['--help'], standalone_mode=False); print(*sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    *lines, modules = shown.splitlines()
+    assert all(any(f" {command} " in line for line in lines) for command in COMMANDS), shown
+    assert "fastdmd.cli" in modules.split()
+    assert not {"torch", "diffusers", "transformers", "numpy"} & set(modules.split())
+
+
+def test_doctor_lists_versions_device_and_backends():
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 0
+    told = {line.split()[0]: line.split(maxsplit=1)[1] for line in result.stdout.splitlines()}
+    assert told["torch"] == torch.__version__
+    assert "triton" in told
+    assert told["device"].split()[0] in {"cpu", "cuda", "mps"}
+    for op in ("attention", *(name for name in fastdmd_kernels.__all__ if name.endswith("_loss"))):
+        assert told[op].split()[0] in {"torch", "triton"}, op
+
+
+@pytest.mark.parametrize("command", [["sample"], ["eval"], ["export", "--out", "exported"]], ids=lambda c: c[0])
+def test_a_folder_that_is_no_run_is_one_clear_line(command, tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        result = CliRunner().invoke(app, [*command, str(folder)])
+        assert result.exit_code == 2
+        assert isinstance(result.exception, SystemExit)
+        assert result.stderr == f"error: {folder} has no config.toml; name the output_dir of a run\n"
+
+
+def test_an_output_folder_that_cannot_be_made_is_one_clear_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.toml").write_text(TINY)
+    result = CliRunner().invoke(app, ["train", "tiny.toml", 'run.output_dir="/proc/run"'])
+    assert result.exit_code == 2
+    assert isinstance(result.exception, SystemExit)
+    assert result.stderr.startswith("error: ")
+    assert "/proc/run" in result.stderr
+
+
+@pytest.mark.parametrize("resume", ["latest", False])
+def test_an_interrupted_run_goes_on_with_the_line_that_it_prints(resume, tmp_path, monkeypatch):
+    """SIGINT ends with 130 after the step in progress; the line resumes, from an old setting of `resume` too."""
+    monkeypatch.chdir(tmp_path)
+    Path("it's tiny.toml").write_text(TINY)
+    metrics, override = Path("a run/metrics.jsonl"), f"checkpoint.resume={json.dumps(resume)}"
+    command = [*HELP[:-1], "train", "it's tiny.toml", 'run.output_dir="a run"', override]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 2):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate()[1]
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    rows = metrics.read_text()
+    done = rows.count("\n")
+    assert 2 < done < 400
+    assert [p.name for p in Path("a run/checkpoints").iterdir()] == [f"step_{done:08d}"]
+    stopped, again = stderr.strip().splitlines()[-2:]
+    assert stopped == f"stopped at step {done} of 400; checkpoint saved"
+
+    program, *arguments = shlex.split(again.removeprefix("resume with: "))
+    assert program == "fastdmd"
+    result = CliRunner().invoke(app, [*arguments, f"run.max_steps={done + 2}"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1] == "report: a run/report.html"
+    # no step is done twice: the rows hold times, which would differ
+    assert metrics.read_text().startswith(rows)
+    assert json.loads(Path("a run/summary.json").read_text())["steps"] == done + 2
+    for command in (["eval", "a run"], ["sample", "a run"]):
+        assert CliRunner().invoke(app, command).exit_code == 0

@@ -1,0 +1,358 @@
+"""DMD on three perceptrons, against an independent implementation in float64 that reads every key of its configuration.
+
+B batch, C channel, T frames, H W space.
+"""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import fields
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import mlp
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastdmd import config as configs
+from fastdmd import rollout as rollouts
+from fastdmd.denoiser import Cond, Denoiser
+from fastdmd.methods.dmd import DMD, Config
+from fastdmd.methods.score_distillation import CriticConfig
+from fastdmd.rng import Rng
+from fastdmd.schedule import FlowSchedule, VPSchedule
+
+FLOW_SHIFT = 3.0
+BATCH = mlp.make_batch()
+BASE: dict[str, Any] = {"denoising_timesteps": (1000.0, 750.0, 500.0), "guidance": 4.0}
+DEFAULTS = {field.name: field.default for cls in (Config, rollouts.Config) for field in fields(cls)}
+# another value of every key that the loss reads
+OVERRIDES: dict[str, Any] = {
+    "denoising_timesteps": (1000.0, 800.0, 300.0),
+    "guidance": 2.0,
+    "warp_timesteps": True,
+    "critic_guidance": 1.5,
+    "score_timestep_shift": 1.0,
+    "score_timestep_range": (0.5, 0.6),
+    "score_window": "both",
+    "mode": "data",
+    "exit": "last",
+    "grad_frames": 1,
+}
+STUDENT_ONLY = {"guidance", "critic_guidance", "grad_frames"}
+CASES = [
+    {},
+    *({key: value} for key, value in OVERRIDES.items()),
+    {"score_window": "lower"},
+    {"score_window": "upper"},
+    {"guidance": 1.0},
+    OVERRIDES,
+]
+
+
+def make(flow_shift: float = FLOW_SHIFT, critic: CriticConfig | None = None, **keys: Any) -> DMD:
+    keys = BASE | keys
+    rollout = {field.name: keys.pop(field.name) for field in fields(rollouts.Config) if field.name in keys}
+    config = Config(name="dmd", **keys)
+    return DMD(config, flow_shift=flow_shift, rollout=rollouts.Config(**rollout), critic=critic or CriticConfig())
+
+
+def make_rng(stream: str = "student0") -> Rng:
+    """Of a step that exits at the second of three times."""
+    step = next(step for step in range(99) if Rng(0, step, stream, [], "cpu").shared_integer(3) == 1)
+    return Rng(0, step, stream, range(4), "cpu")
+
+
+@pytest.fixture
+def nets() -> dict[str, Denoiser]:
+    return mlp.three_nets(FlowSchedule(FLOW_SHIFT))
+
+
+def calls(nets: Mapping[str, Denoiser], role: str) -> list[mlp.Call]:
+    return nets[role].net.calls
+
+
+# ------------------------------------------------------- the whole loss, from the configuration
+
+
+def column(t: Tensor | float) -> Tensor:
+    return torch.as_tensor(t, dtype=torch.float64).view(-1, 1, 1, 1, 1)
+
+
+def by_odds(u: Tensor | float, k: float) -> Tensor | float:
+    """The shift, as it multiplies the odds u / (1 - u) by k."""
+    return k * u / (k * u + 1 - u)
+
+
+class Definition:
+    """A step of DMD on flow models written down in float64, once through."""
+
+    def __init__(self, nets: Mapping[str, Denoiser], rng: Rng, **keys: Any) -> None:
+        self.nets, self.rng, self.keys = {r: deepcopy(d.net).double() for r, d in nets.items()}, rng, DEFAULTS | keys
+        times = [t / 1000 for t in self.keys["denoising_timesteps"]]
+        self.times = [by_odds(t, FLOW_SHIFT) for t in times] if self.keys["warp_timesteps"] else times
+
+    def v(self, role: str, x: Tensor, t: Tensor | float, cond: Cond = BATCH.cond) -> Tensor:
+        told = 1000 * torch.as_tensor(t, dtype=torch.float64).expand(len(x))
+        return self.nets[role](x, told, Cond(cond.text.double()))
+
+    def guided_v(self, role: str, x: Tensor, t: Tensor, w: float) -> Tensor:
+        cond, uncond = self.v(role, x, t), self.v(role, x, t, BATCH.uncond)
+        return uncond + w * (cond - uncond)
+
+    def normal(self) -> Tensor:
+        return self.rng.normal(mlp.SHAPE).double()
+
+    def rollout(self) -> tuple[Tensor, float, float]:
+        """x0_g, the exit step's time and the next one's."""
+        drawn = self.rng.shared_integer(len(self.times))
+        at = len(self.times) - 1 if self.keys["exit"] == "last" else drawn
+        x = self.normal()
+        if self.keys["mode"] == "data":
+            x = (1 - self.times[at]) * BATCH.x0.double() + self.times[at] * x
+        else:
+            for t, t_next in pairwise(self.times[: at + 1]):
+                x0 = (x - t * self.v("student", x, t)).detach()
+                x = (1 - t_next) * x0 + t_next * self.normal()
+        return x - self.times[at] * self.v("student", x, self.times[at]), self.times[at], [*self.times, 0.0][at + 1]
+
+    def score_time(self, exit_t: float, next_t: float) -> Tensor:
+        """By inversion: the shifted law's distribution function at s is by_odds(s, 1 / k)."""
+        k = self.keys["score_timestep_shift"] or FLOW_SHIFT
+        low = next_t if self.keys["score_window"] in ("lower", "both") else 0.0
+        high = exit_t if self.keys["score_window"] in ("upper", "both") else 1.0
+        u = by_odds(low, 1 / k) + self.rng.uniform() * (by_odds(high, 1 / k) - by_odds(low, 1 / k))
+        smallest, largest = self.keys["score_timestep_range"]
+        return torch.tensor([min(max(float(by_odds(one, k)), smallest), largest) for one in u], dtype=torch.float64)
+
+    def student_gradient(self) -> Tensor:
+        x0_g, exit_t, next_t = self.rollout()
+        s = self.score_time(exit_t, next_t)
+        with torch.no_grad():
+            z = (1 - column(s)) * x0_g + column(s) * self.normal()
+            x0_fake = z - column(s) * self.guided_v("critic", z, s, self.keys["critic_guidance"])
+            x0_real = z - column(s) * self.guided_v("teacher", z, s, self.keys["guidance"])
+            direction = torch.stack([(x0_fake - x0_real)[i] / (x0_g - x0_real)[i].abs().mean() for i in range(4)])
+        frames = slice(-(self.keys["grad_frames"] or mlp.SHAPE[1]), None)
+        (x0_g * direction)[:, :, frames].mean().backward()
+        return mlp.gradient(self.nets["student"])
+
+    def critic_gradient(self) -> tuple[Tensor, Tensor]:
+        x0_g, exit_t, next_t = self.rollout()
+        s, eps, x0_g = self.score_time(exit_t, next_t), self.normal(), x0_g.detach()
+        loss = (self.v("critic", (1 - column(s)) * x0_g + column(s) * eps, s) - (eps - x0_g)).square().mean()
+        loss.backward()
+        return loss.detach(), mlp.gradient(self.nets["critic"])
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """To what float32 keeps through four calls of a network."""
+    return float((a - b).norm() / b.norm()) < 2e-5
+
+
+@pytest.mark.parametrize("change", CASES, ids=lambda change: "-".join(map(str, change)))
+def test_student_gradient_is_that_of_the_definition(nets, change):
+    """For the base configuration and with each key changed, and a key that were not read would leave it as it was."""
+    loss, metrics = make(**change).loss("student", nets, BATCH, make_rng(), {})
+    loss.backward()
+    got = mlp.gradient(nets["student"].net)
+    assert close(got, Definition(nets, make_rng(), **BASE | change).student_gradient())
+    assert close(got, Definition(nets, make_rng(), **BASE).student_gradient()) == (not change)
+    assert metrics.keys() == {"dmd_grad_abs", "normalizer", "score_gap"}
+
+
+@pytest.mark.parametrize("change", CASES, ids=lambda change: "-".join(map(str, change)))
+def test_critic_loss_is_that_of_the_definition(nets, change):
+    """Conditional only, on all frames: what makes the student's gradient does not enter."""
+    loss, _ = make(**change).loss("critic", nets, BATCH, make_rng("critic0"), {})
+    loss.backward()
+    value, want = Definition(nets, make_rng("critic0"), **BASE | change).critic_gradient()
+    torch.testing.assert_close(loss.double(), value, rtol=1e-5, atol=0)
+    got = mlp.gradient(nets["critic"].net)
+    assert close(got, want)
+    _, base = Definition(nets, make_rng("critic0"), **BASE).critic_gradient()
+    assert close(got, base) == (change.keys() <= STUDENT_ONLY)
+
+
+def test_critic_of_an_eps_model_learns_eps():
+    schedule = VPSchedule(torch.cumprod(1 - torch.linspace(1e-3, 1e-2, 1000, dtype=torch.float64), 0), "eps")
+    nets, carry = mlp.three_nets(schedule), {}
+    loss, _ = make().loss("critic", nets, BATCH, make_rng(), carry)
+    (call,) = calls(nets, "critic")
+    s = (call.model_t.double() + 1) / 1000
+    alpha, sigma = column(schedule.alpha(s)), column(schedule.sigma(s))
+    eps = (call.x_t - alpha * carry["rollout"].x0_g) / sigma
+    F = nets["critic"].net(call.x_t, call.model_t, BATCH.cond)
+    torch.testing.assert_close(loss.double(), (F - eps).square().mean(), rtol=1e-5, atol=0)
+
+
+def test_every_key_has_a_test():
+    """The rest: updates_per_* and path below, causal rollouts beside them."""
+    keys = {field.name for cls in (Config, CriticConfig, rollouts.Config) for field in fields(cls)}
+    elsewhere = {"updates_per_generator", "updates_per_rollout", "path", "name", "frames_per_block"}
+    assert keys == OVERRIDES.keys() | elsewhere
+
+
+# --------------------------------------------------------------- who is called, and who learns
+
+
+@pytest.mark.parametrize(("teacher_w", "critic_w"), [(4.0, 1.0), (1.0, 1.0), (1.0, 3.0), (4.0, 3.0)])
+def test_guidance_is_one_batched_call_and_none_when_off(nets, teacher_w, critic_w):
+    make(guidance=teacher_w, critic_guidance=critic_w).loss("student", nets, BATCH, make_rng(), {})
+    both = torch.cat([BATCH.cond.text, BATCH.uncond.text])
+    for role, w in (("teacher", teacher_w), ("critic", critic_w)):
+        (call,) = calls(nets, role)
+        assert torch.equal(call.text, BATCH.cond.text if w == 1 else both)
+        assert not call.grad
+
+
+def test_critic_and_teacher_see_one_z_with_a_time_for_each_sample(nets):
+    make().loss("student", nets, BATCH, make_rng(), {})
+    (teacher,), (critic,) = calls(nets, "teacher"), calls(nets, "critic")
+    for seen, by_critic in zip(teacher[:2], critic[:2], strict=True):
+        assert torch.equal(seen, torch.cat([by_critic, by_critic]))
+    assert len(critic.model_t.unique()) == 4
+
+
+def with_gradient(nets: Mapping[str, nn.Module]) -> set[str]:
+    return {role for role, net in nets.items() if any(p.grad is not None for p in net.parameters())}
+
+
+@pytest.mark.parametrize("phase", ["student", "critic"])
+def test_only_the_phase_s_own_network_gets_a_gradient(nets, phase):
+    """Though every parameter of all three asks for one, and the critic's rollout may be the student's."""
+    carry: dict[str, Any] = {}
+    make().loss(phase, nets, BATCH, make_rng(), carry)[0].backward()
+    assert with_gradient(nets) == {phase}
+    if phase == "critic":
+        assert not calls(nets, "teacher")
+    nets[phase].zero_grad()
+    make().loss("critic", nets, BATCH, make_rng("critic1"), carry)[0].backward()
+    assert with_gradient(nets) == {"critic"}
+
+
+def test_phases_of_a_step_share_one_rollout(nets):
+    method, carry = make(), {}
+    method.loss("student", nets, BATCH, make_rng(), carry)
+    after_student, first = len(calls(nets, "student")), carry["rollout"]
+    assert after_student == 2
+    for index in (1, 2):
+        method.loss("critic", nets, BATCH, make_rng(f"critic{index}"), carry)
+        assert carry["rollout"] is first
+        assert not first.x0_g.requires_grad
+    assert len(calls(nets, "student")) == after_student
+    times = [call.model_t for call in calls(nets, "critic")]
+    assert not torch.equal(times[1], times[2])  # but not their score times
+
+
+def test_critic_only_steps_roll_out_without_gradient(nets):
+    carry: dict[str, Any] = {}
+    make().loss("critic", nets, BATCH, make_rng("critic0"), carry)
+    assert [call.grad for call in calls(nets, "student")] == [False, False]
+    make().loss("critic", nets, BATCH, make_rng("critic1"), carry)
+    assert len(calls(nets, "student")) == 2
+
+
+# ------------------------------------------------------------------------------- score times
+
+
+def grid_times(exit_t: float = 0.75, next_t: float = 0.5, flow_shift: float = FLOW_SHIFT, **keys: Any) -> Tensor:
+    """s for u = 0, 0.01, .. 1."""
+    u = torch.linspace(0, 1, 101, dtype=torch.float64)
+    made = rollouts.Rollout(torch.zeros(0), exit_t, next_t)
+    return make(flow_shift, **keys).score_time(SimpleNamespace(uniform=lambda: u), made)
+
+
+def test_score_times_are_shifted_and_then_clamped():
+    """A clamp before the shift would leave the range: 0.02 goes to 0.09, 0.98 to 0.996 at shift 5."""
+    s = grid_times(score_timestep_shift=5.0)
+    shifted = by_odds(torch.linspace(0, 1, 101, dtype=torch.float64), 5.0)
+    assert (s.min(), s.max()) == (0.02, 0.98)
+    inside = (shifted > 0.02) & (shifted < 0.98)
+    torch.testing.assert_close(s[inside], shifted[inside], rtol=1e-12, atol=0)
+    assert inside.sum() > 80
+    assert s.dtype == torch.float64
+
+
+@pytest.mark.parametrize("flow_shift", [1.0, 8.0])
+def test_score_shift_is_flow_shift_unless_given(flow_shift):
+    torch.testing.assert_close(
+        grid_times(flow_shift=flow_shift), grid_times(score_timestep_shift=flow_shift), rtol=0, atol=0
+    )
+    assert grid_times(flow_shift=flow_shift, score_timestep_shift=1.0)[50] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("window", "low", "high"),
+    [("none", 0.02, 0.98), ("lower", 0.5, 0.98), ("upper", 0.02, 0.75), ("both", 0.5, 0.75)],
+)
+def test_score_windows(window, low, high):
+    """Of an exit at 0.75 before 0.5; inside, the shifted law without the rest."""
+    s = grid_times(score_window=window)
+    assert (s.min().item(), s.max().item()) == pytest.approx((low, high))
+    u = by_odds(s, 1 / FLOW_SHIFT)
+    inside = (s > low) & (s < high)
+    spacing = u[inside].diff()
+    torch.testing.assert_close(spacing, spacing[:1].expand_as(spacing), rtol=1e-9, atol=0)
+
+
+def test_the_window_of_the_last_step_reaches_to_the_range():
+    s = grid_times(exit_t=0.5, next_t=0.0, score_window="both")
+    assert (s.min().item(), s.max().item()) == pytest.approx((0.02, 0.5))
+
+
+# ------------------------------------------------------------------------------ configuration
+
+
+@pytest.mark.parametrize(
+    ("generator", "rollout", "want"),
+    [
+        (1, 1, ["SC", "SC", "SC", "SC"]),
+        (2, 1, ["SC", "C", "SC", "C"]),
+        (3, 1, ["SC", "C", "C", "SC"]),
+        (2, 2, ["SCC", "SCC", "SCC", "SCC"]),
+        (4, 2, ["SCC", "CC", "SCC", "CC"]),
+    ],
+)
+def test_phases(generator, rollout, want):
+    """updates_per_generator critic updates for every student update, updates_per_rollout of them a step."""
+    method = make(critic=CriticConfig(updates_per_generator=generator, updates_per_rollout=rollout))
+    assert ["".join(phase[0].upper() for phase in method.phases(step)) for step in range(4)] == want
+    assert method.roles == {"student": "train", "teacher": "frozen", "critic": "train"}
+
+
+def test_critic_starts_from_its_own_path():
+    model = configs.ModelConfig(family="wan2.1", path="of the model")
+    rest = dict.fromkeys(("run", "schedule", "method", "data"))
+    for critic, want in ((CriticConfig(path="its own"), "its own"), (CriticConfig(), "of the model")):
+        assert configs.Config(model=model, critic=critic, optim={}, **rest).role_path("critic") == want
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"denoising_timesteps": ()},
+        {"denoising_timesteps": (1000.0, 0.0)},
+        {"denoising_timesteps": (1000.0, 500.0, 750.0)},
+        {"denoising_timesteps": (1000.0, 500.0, 500.0)},
+        {"denoising_timesteps": (900.0, 500.0)},
+        {"score_timestep_shift": 0.0},
+        {"score_timestep_range": (0.0, 0.98)},
+        {"score_timestep_range": (0.9, 0.1)},
+    ],
+    ids=str,
+)
+def test_problems_name_the_key(change):
+    assert [key for key, _ in Config(name="dmd", **BASE | change).problems()] == list(change)
+    assert not list(Config(name="dmd", **BASE).problems())
+
+
+def test_critic_updates_have_to_divide():
+    def problems(generator: int, rollout: int) -> list[tuple[str, str]]:
+        return list(CriticConfig(updates_per_generator=generator, updates_per_rollout=rollout).problems())
+
+    assert problems(6, 3) == []
+    ((key, message),) = problems(6, 4)
+    assert (key, message[-12:]) == ("updates_per_rollout", "[1, 2, 3, 6]")
+    assert [key for key, _ in problems(0, 1)] == ["updates_per_generator"]

@@ -1,0 +1,155 @@
+"""An exported student, sampled by stock diffusers, gives what our own sampler gives."""
+
+import string
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from safetensors.torch import load_file
+from torch import nn
+from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
+
+from fastdmd import config as configs
+from fastdmd import evaluate, shapes
+from fastdmd.models import folder
+from fastdmd.models.wan import Wan, WanConfig
+from fastdmd.rng import Rng
+from fastdmd.train import Run, export_student, reopen, train
+
+SEED = 3
+CONFIG = """
+[run]
+output_dir = "{run}"
+max_steps = 2
+batch_size = 2
+device = "cpu"
+
+[model]
+family = "wan2.1"
+path = "{model}"
+
+[schedule]
+flow_shift = 3.0
+
+[method]
+name = "dmd"
+denoising_timesteps = [1000, 757, 522]
+guidance = 2.0
+
+[critic]
+updates_per_generator = 1
+
+[optim.student]
+lr = 0.01
+
+[optim.critic]
+lr = 0.01
+
+[ema]
+decay = 0.5
+
+[precision]
+compute = "fp32"
+
+[data]
+sources = ["{source}"]
+frames = {frames}
+resolution = [{side}, {side}]
+
+[validation]
+samples = 1
+show = 1
+weights = "{weights}"
+teacher_reference = false
+"""
+
+
+def tiny_wan(channels: int, text_dim: int) -> Wan:
+    torch.manual_seed(0)
+    return Wan(
+        WanConfig(
+            num_attention_heads=2, attention_head_dim=12, num_layers=2, ffn_dim=32, in_channels=channels,
+            out_channels=channels, text_dim=text_dim, freq_dim=16,
+        )
+    )  # fmt: skip
+
+
+@pytest.fixture
+def frozen():
+    """The other networks of a Wan 2.1 folder, tiny: 16 latent channels, text embeddings of 24."""
+    torch.manual_seed(0)
+    letters = [(letter, -3.0) for letter in string.ascii_lowercase]
+    tokenizer = T5Tokenizer([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters], extra_ids=0)
+    text = UMT5Config(vocab_size=64, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    vae = AutoencoderKLWan(base_dim=4, z_dim=16, num_res_blocks=1)
+    return {"tokenizer": tokenizer, "text_encoder": UMT5EncoderModel(text).eval(), "vae": vae}
+
+
+def run_dmd(tmp_path, **values) -> Run:
+    """Two steps of DMD from the folder `model`, reopened."""
+    file = tmp_path / "dmd.toml"
+    file.write_text(CONFIG.format(run=tmp_path / "run", model=tmp_path / "model", **values))
+    train(configs.load(file))
+    return reopen(tmp_path / "run")
+
+
+def sample_ours(run: Run, prompts: list[str], out) -> torch.Tensor:
+    return load_file(evaluate.write_samples(run, "student", prompts, out, SEED) / "latents.safetensors")["x0"]
+
+
+def sample_theirs(pipe: WanPipeline, shape, n: int, monkeypatch, **call):
+    """Three steps of the pipeline, with our noise in place of its own at the start and in the scheduler."""
+    rng = Rng(SEED, 0, "sample", range(n), "cpu")
+    noise = rng.normal(shape)
+    scheduler = "diffusers.schedulers.scheduling_flow_match_lcm"
+    monkeypatch.setattr(f"{scheduler}.randn_tensor", lambda shape, **_: rng.normal(shape[1:]))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(latents=noise, guidance_scale=1.0, num_inference_steps=3, **call).frames
+
+
+@pytest.mark.parametrize("weights", ["ema", "student"])
+def test_built_in_world_in_a_stock_pipeline(tmp_path, frozen, monkeypatch, weights):
+    net = tiny_wan(channels=3, text_dim=shapes.TEXT_DIM)
+    folder.save(tmp_path / "model", net.config, net.state_dict())
+    run = run_dmd(tmp_path, source="shapes", frames=4, side=16, weights=weights)
+    export_student(tmp_path / "run", tmp_path / "out")
+
+    pipe = WanPipeline.from_pretrained(tmp_path / "out", **frozen)
+    prompts = shapes.CAPTIONS[:2]
+    call = {"prompt_embeds": shapes.embed(prompts), "output_type": "latent"}
+    theirs = sample_theirs(pipe, (3, 4, 16, 16), 2, monkeypatch, **call)
+    torch.testing.assert_close(theirs, sample_ours(run, prompts, tmp_path / "samples"), rtol=0, atol=1e-4)
+
+    # the weights that were asked for, and the training moved them apart by far more than that
+    assert run.ema is not None
+    masters = run.optimizers["student"].masters
+    wanted, other = (run.ema.shadow, masters) if weights == "ema" else (masters, run.ema.shadow)
+    exported = pipe.transformer.state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in exported.items())
+    assert not any(torch.allclose(value, other[name], atol=1e-3) for name, value in exported.items())
+
+
+def test_prompts_in_a_stock_pipeline(tmp_path, frozen, monkeypatch):
+    """A whole folder in, a whole folder out: text encoder, tokenizer and VAE come along."""
+    net = tiny_wan(channels=16, text_dim=24)
+    for parameter in net.parameters():  # so that the text counts
+        nn.init.normal_(parameter, std=0.3)
+    folder.save(tmp_path / "model", net.config, net.state_dict())
+    transformer = WanTransformer3DModel.from_pretrained(tmp_path / "model" / "transformer")
+    source = WanPipeline(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), **frozen)
+    source.save_pretrained(tmp_path / "model")
+    prompts = ["a red fox", "some  blue   sea"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    run = run_dmd(tmp_path, source=tmp_path / "prompts.txt", frames=5, side=32, weights="ema")
+    export_student(tmp_path / "run", tmp_path / "out")
+
+    pipe = WanPipeline.from_pretrained(tmp_path / "out")
+    x0 = sample_ours(run, prompts, tmp_path / "samples")
+    swapped = sample_ours(run, prompts[::-1], tmp_path / "samples")
+    assert (x0 - swapped).abs().max() > 1e-2
+    theirs = sample_theirs(pipe, (16, 2, 4, 4), 2, monkeypatch, prompt=prompts, output_type="latent")
+    torch.testing.assert_close(theirs, x0, rtol=0, atol=1e-4)
+    video = sample_theirs(pipe, (16, 2, 4, 4), 2, monkeypatch, prompt=prompts, output_type="np")
+    ours = run.world.pixels(x0)
+    assert ours.shape == video.shape == (2, 5, 32, 32, 3)
+    assert (ours / 255 - torch.from_numpy(video)).abs().max() <= 1 / 255

@@ -1,0 +1,194 @@
+"""Who may import whom, and what may stand nowhere. Every rule is also shown a page that breaks it."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+KERNELS = REPOSITORY / "kernels"
+PAGES = {  # by module name
+    ".".join(path.relative_to(root).with_suffix("").parts): path.read_text(encoding="utf-8")
+    for root, package in ((REPOSITORY, "fastdmd"), (KERNELS, "fastdmd_kernels"))
+    for path in sorted((root / package).rglob("*.py"))
+}
+LINES = 450
+
+
+def under(name, *packages):
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def imported(module, text):
+    """The full names that a page imports, wherever it does: `from a import b` gives a and a.b."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = module.split(".")[: -node.level] if node.level else []
+            name = ".".join([*package, *([node.module] if node.module else [])])
+            yield from (name, *(f"{name}.{alias.name}" for alias in node.names))
+
+
+def kernels_import_torch_only(module, text):
+    allowed = ("torch", "triton", "fastdmd_kernels", *sys.stdlib_module_names)
+    if under(module, "fastdmd_kernels"):
+        yield from (name for name in imported(module, text) if not under(name, *allowed))
+
+
+def methods_are_mathematics(module, text):
+    others = [f"fastdmd.{name}" for name in ("models", "train", "config", "optim", "parallel", "checkpoint", "cli")]
+    if under(module, "fastdmd.methods"):
+        yield from (name for name in imported(module, text) if under(name, "torch.distributed", *others))
+
+
+def models_know_no_method(module, text):
+    if under(module, "fastdmd.models"):
+        yield from (name for name in imported(module, text) if under(name, "fastdmd.methods"))
+
+
+def libraries_of_models_stay_there(module, text):
+    if not under(module, "fastdmd.models", "fastdmd.encode"):
+        yield from (name for name in imported(module, text) if under(name, "diffusers", "transformers"))
+
+
+def environment_is_read_in_three_places(module, text):
+    names = ("os.environ", "os.getenv", "os.putenv")
+    if not under(module, "fastdmd.cli", "fastdmd.parallel", "fastdmd_kernels.dispatch"):
+        yield from (name for name in imported(module, text) if under(name, *names))
+        attributes = (ast.unparse(n) for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Attribute))
+        yield from (name for name in attributes if name in names)
+
+
+def files_are_short(module, text):
+    if (lines := text.count("\n")) > LINES:
+        yield f"{lines} lines"
+
+
+def nothing_is_pickled(module, text):
+    yield from (name for name in imported(module, text) if under(name, "pickle", "dill", "cloudpickle", "torch.load"))
+    for call in calls(ast.parse(text)):
+        if under(call, "pickle") or call in ("torch.load", "torch.save"):
+            yield call
+
+
+def no_option_has_a_second_default(module, text):
+    """A default stands in its dataclass: no getattr(config, "x", 1), no config.get("x", 1)."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Call) and (
+            (ast.unparse(node.func) == "getattr" and len(node.args) == 3)
+            or (ast.unparse(node.func).endswith("config.get") and len(node.args) == 2)
+        ):
+            yield ast.unparse(node)
+
+
+def nothing_is_swallowed(module, text):
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ExceptHandler):
+            kinds = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+            if any(kind is None or ast.unparse(kind) in ("Exception", "BaseException") for kind in kinds):
+                yield f"except in line {node.lineno}"
+            elif all(isinstance(statement, ast.Pass) for statement in node.body):
+                yield f"pass in line {node.lineno}"
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("suppress"):
+            kinds = {ast.unparse(kind) for kind in node.args}
+            yield from (f"suppress({kind})" for kind in kinds & {"Exception", "BaseException"})
+
+
+# each with pages that break it, (module, text)
+RULES = {
+    kernels_import_torch_only: [
+        ("fastdmd_kernels.losses", "from fastdmd.denoiser import guide"),
+        ("fastdmd_kernels.__init__", "def f():\n    import numpy.linalg"),
+    ],
+    methods_are_mathematics: [
+        ("fastdmd.methods.dmd", "from fastdmd import optim"),
+        ("fastdmd.methods.dmd", "import torch.distributed as dist"),
+        ("fastdmd.methods.dmd", "from ..models.wan import Wan"),
+        ("fastdmd.methods.__init__", "from torch import distributed"),
+        ("fastdmd.methods.__init__", "from .. import train"),
+    ],
+    models_know_no_method: [("fastdmd.models.wan", "from fastdmd.methods.dmd import DMD")],
+    libraries_of_models_stay_there: [
+        ("fastdmd.data", "from diffusers import WanPipeline"),
+        ("fastdmd.methods.dmd", "import transformers.models"),
+    ],
+    environment_is_read_in_three_places: [
+        ("fastdmd.train", "import os\nrank = os.environ['RANK']"),
+        ("fastdmd.train", "from os import environ"),
+        ("fastdmd.train", "import os\nos.getenv('RANK')"),
+    ],
+    files_are_short: [("fastdmd.train", "\n" * (LINES + 1))],
+    nothing_is_pickled: [
+        ("fastdmd.checkpoint", "import torch\ntorch.load('x')"),
+        ("fastdmd.checkpoint", "from pickle import dump"),
+    ],
+    no_option_has_a_second_default: [
+        ("fastdmd.evaluate", "w = getattr(run.config.method, 'guidance', 1.0)"),
+        ("fastdmd.evaluate", "w = self.config.get('guidance', 1.0)"),
+    ],
+    nothing_is_swallowed: [
+        ("fastdmd.train", "try:\n    f()\nexcept:\n    raise"),
+        ("fastdmd.train", "try:\n    f()\nexcept (ValueError, Exception) as e:\n    print(e)"),
+        ("fastdmd.train", "try:\n    f()\nexcept ValueError:\n    pass"),
+        ("fastdmd.train", "with contextlib.suppress(Exception):\n    f()"),
+    ],
+}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_code_keeps_the_rule(rule):
+    assert {module: found for module, text in PAGES.items() if (found := list(rule(module, text)))} == {}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_rule_can_be_broken(rule):
+    for module, text in RULES[rule]:
+        assert list(rule(module, text)), text
+
+
+def test_all_pages_are_read():
+    some = {"fastdmd.cli", "fastdmd.methods.__init__", "fastdmd.models.wan", "fastdmd_kernels.losses"}
+    assert some <= set(PAGES)
+
+
+def calls(tree):
+    """What is called anywhere under a node, as it is written."""
+    return [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def function(module, name):
+    [found] = [n for n in ast.walk(ast.parse(PAGES[module])) if isinstance(n, ast.FunctionDef) and n.name == name]
+    return found
+
+
+def test_from_the_command_line_to_the_loss_in_four_files_and_three_calls():
+    """cli.py -> train.py -> methods/dmd.py -> losses.py."""
+    assert "fastdmd.train" in imported("fastdmd.cli", PAGES["fastdmd.cli"])
+    assert "trainer.train" in calls(function("fastdmd.cli", "train"))
+    assert "take_step" in calls(function("fastdmd.train", "train"))
+    assert "run.method.loss" in calls(function("fastdmd.train", "take_step"))
+    assert "fastdmd_kernels.dmd_loss" in imported("fastdmd.methods.dmd", PAGES["fastdmd.methods.dmd"])
+    assert "dmd_loss" in calls(function("fastdmd.methods.dmd", "loss"))
+    assert function("fastdmd_kernels.losses", "dmd_loss")
+
+
+def test_the_kernels_folder_is_no_package():
+    """It would shadow Hugging Face's package `kernels` for whoever starts Python in the repository."""
+    assert not (KERNELS / "__init__.py").exists()
+
+
+def test_the_kernels_import_alone_and_without_triton():
+    code = """
+import sys
+for name in ("triton", "fastdmd", "diffusers", "transformers"):
+    sys.modules[name] = None  # to import it is an ImportError
+sys.path.insert(0, sys.argv[1])
+from fastdmd_kernels import *
+import fastdmd_kernels
+assert fastdmd_kernels.__file__.startswith(sys.argv[1])
+assert guide(1.0, 2.0, 3.0) == 4.0
+"""
+    subprocess.run([sys.executable, "-I", "-c", code, str(KERNELS)], check=True)

@@ -1,0 +1,238 @@
+"""The loop: exact resume, gradient accumulation, steps that are not finite, validation weights, what a run reports."""
+
+import inspect
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import make_config, manifest, rows, write_toml, write_wan
+from torch import Tensor
+from typer.testing import CliRunner
+
+from fastdmd import checkpoint, evaluate, train
+from fastdmd.cli import app
+from fastdmd.denoiser import Batch, Cond
+from fastdmd.log import read_metrics
+from fastdmd.rng import Rng
+from fastdmd.train import Diverged, Interrupted, Run
+
+RUNS = {
+    "flow": ("flow",),
+    "dmd": ("dmd",),
+    "dmd, one rollout for two critic updates": ("dmd", "critic.updates_per_rollout=2"),
+    "dmd in bfloat16": ("dmd", "precision.compute='bf16'"),
+    "a row for three steps": ("dmd", "logging.every=3"),
+    "with validation": ("dmd", "validation.every=2"),
+}
+
+
+def stop_after(monkeypatch, step: int, signum: int) -> None:
+    """A signal arrives while step `step` runs."""
+    real = train.take_step
+
+    def take_step(run: Run) -> dict[str, float]:
+        if run.step == step - 1:
+            os.kill(os.getpid(), signum)
+        return real(run)
+
+    monkeypatch.setattr(train, "take_step", take_step)
+
+
+def weights(run: Run) -> dict[str, Tensor]:
+    """Masters, network parameters and EMA, as they are now."""
+    found = {f"ema.{name}": value for name, value in (run.ema.shadow if run.ema else {}).items()}
+    for role, optimizer in run.optimizers.items():
+        found |= {f"{role}.master.{name}": value for name, value in optimizer.masters.items()}
+        found |= {f"{role}.{name}": value for name, value in optimizer.params.items()}
+    return {name: value.detach().clone() for name, value in found.items()}
+
+
+def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    """Bit for bit."""
+    assert left.keys() == right.keys()
+    assert not [name for name in left if not torch.equal(left[name], right[name])]
+
+
+@pytest.mark.parametrize("how", RUNS)
+@pytest.mark.parametrize("stop", [3, 4])
+def test_a_stopped_run_resumes_bit_for_bit(tmp_path, monkeypatch, how, stop):
+    monkeypatch.setattr(train, "peak_flops", lambda *_: 1e12)  # to measure it takes longer than the run
+    whole = train.train(make_config(tmp_path / "whole", *RUNS[how]))
+    config = make_config(tmp_path / "stopped", *RUNS[how])
+    with monkeypatch.context() as patch:
+        stop_after(patch, stop, signal.SIGTERM if stop == 3 else signal.SIGINT)
+        with pytest.raises(Interrupted, match=f"stopped at step {stop} of 6"):
+            train.train(config)
+    assert manifest(tmp_path / "stopped" / "run")["step"] == stop
+    resumed = train.train(config)
+
+    assert_same(weights(whole), weights(resumed))
+    there = manifest(whole.folder)["files"]
+    assert manifest(resumed.folder)["files"] == there
+    assert {"student.safetensors", "optim_student.safetensors", "ema.safetensors"} <= set(there)
+    assert "dmd" not in RUNS[how] or {"critic.safetensors", "optim_critic.safetensors"} <= set(there)
+    assert rows(resumed.folder) == rows(whole.folder)
+
+
+def test_weights_and_moments_move(tmp_path):
+    """Equal bits would prove nothing of a run that stands still."""
+    run = train.build(make_config(tmp_path, "dmd"))
+    start = weights(run)
+    train.take_step(run)
+    moved = {name for name, value in weights(run).items() if not torch.equal(value, start[name])}
+    for kind in ("student.master", "critic.master", "ema"):
+        assert any(name.startswith(kind) for name in moved), kind
+    for optimizer in run.optimizers.values():
+        assert {key.partition(".")[0] for key in optimizer.moments()} == {"step", "exp_avg", "exp_avg_sq"}
+        assert all(value.abs().sum() > 0 for key, value in optimizer.moments().items() if "proj_out" in key)
+
+
+def two_steps(here, *overrides: str) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    """Metrics and weights. A large eps: Adam's sign-like step would blow up the rounding of gradients near zero."""
+    eps = ("optim.student.eps=1e-2", "optim.critic.eps=1e-2", "critic.updates_per_rollout=2")
+    run = train.build(make_config(here, "dmd", *eps, *overrides))
+    return [train.take_step(run) for _ in range(2)], weights(run)
+
+
+def is_close(left, right) -> bool:
+    """Metrics to 1e-5 of themselves, weights to 1e-5 of how far two steps at lr = 1e-3 can move them."""
+    values = zip(left[0], right[0], strict=True)
+    return all(
+        a.keys() == b.keys() and all(math.isclose(a[k], b[k], rel_tol=1e-5) for k in a) for a, b in values
+    ) and all(torch.allclose(value, right[1][name], rtol=0, atol=2e-8) for name, value in left[1].items())
+
+
+def test_accumulated_micro_batches_are_one_batch(tmp_path, monkeypatch):
+    whole = two_steps(tmp_path, "run.batch_size=4")
+    assert {"train/loss_student", "train/loss_critic", "train/grad_norm_student"} <= set(whole[0][0])
+    accumulated = "run.batch_size=1", "run.grad_accum=4"
+    assert is_close(whole, two_steps(tmp_path, *accumulated))
+
+    source = inspect.getsource(train.take_step)
+    mutant = source.replace("(loss / config.grad_accum).backward()", "loss.backward()")
+    assert mutant != source
+    scope = dict(vars(train))
+    exec(mutant, scope)
+    monkeypatch.setattr(train, "take_step", scope["take_step"])
+    assert not is_close(whole, two_steps(tmp_path, *accumulated))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize(("phase", "step"), [("student", 0), ("critic", 1)])
+def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path, phase, step, bad):
+    run = train.build(make_config(tmp_path, "dmd"))
+    for _ in range(step):
+        train.take_step(run)
+    name = "blocks.0.attn1.to_v.weight"
+    run.nets[phase].net.get_parameter(name).requires_grad_(True).register_hook(lambda grad: grad * bad)
+    before = weights(run)
+    with pytest.raises(Diverged, match=f"step {step + 1}, phase {phase}: .*{name}.* not finite"):
+        train.take_step(run)
+    assert_same(weights(run), before)
+    assert run.step == step
+
+    path = run.folder / f"nonfinite_{step + 1:08d}"
+    facts = json.loads((path / "dump.json").read_text())
+    assert facts["not_finite"] == [f"grad_norm_{phase}", f"gradient of {phase}.{name}"]
+    saved = load_file(path / "batch.safetensors")
+    batch = Batch(Cond(saved["text.0"]), Cond(saved["uncond.0"]), run.world.latent_shape, saved["x0.0"])
+    rng = Rng(facts["seed"], facts["step"] - 1, facts["stream"], range(2), "cpu")
+    loss, _ = run.method.loss(facts["phase"], run.nets, batch, rng, {})
+    assert repr(loss.item()) == facts["read"][f"loss_{phase}"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_command(tmp_path):
+    config = write_toml(tmp_path, "flow")
+    write_wan(tmp_path / "wan", nan=True)
+    result = CliRunner().invoke(app, ["train", str(config)])
+    assert result.exit_code == 1
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith(
+        "error: step 1, phase student: loss_student, grad_norm_student, gradient of student."
+    )
+    assert str(tmp_path / "run" / "nonfinite_00000001") in result.stderr
+    assert not checkpoint.complete(tmp_path / "run" / "checkpoints")
+
+
+def test_a_nan_that_the_loss_hides_stops_the_run(tmp_path):
+    """dmd_loss replaces what is not a number in the gradient: the student's loss stays finite under a broken critic."""
+    critic = write_wan(tmp_path / "critic", nan=True)
+    config = make_config(tmp_path, "dmd", f"critic.path='{critic}'")
+    with pytest.raises(Diverged, match="step 1, phase student: score_gap not finite"):
+        train.train(config)
+    facts = json.loads((tmp_path / "run" / "nonfinite_00000001" / "dump.json").read_text())
+    assert facts["not_finite"] == ["score_gap"]
+    assert math.isfinite(float(facts["read"]["loss_student"]))
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_validation_weights_are_the_ema_and_go_back(tmp_path, compute):
+    run = train.build(make_config(tmp_path, "dmd", f"precision.compute='{compute}'"))
+    for _ in range(3):
+        train.take_step(run)
+    before, student = weights(run), run.nets["student"].net
+    with evaluate.validation_weights(run):
+        for name, p in student.named_parameters():
+            assert torch.equal(p, run.ema.shadow[name].to(p.dtype)), name
+        assert not torch.equal(student.proj_out.weight, before["student.proj_out.weight"])
+    assert_same(weights(run), before)
+    with pytest.raises(KeyboardInterrupt), evaluate.validation_weights(run):
+        raise KeyboardInterrupt
+    assert_same(weights(run), before)
+
+
+def test_bfloat16_computes_and_float32_remembers(tmp_path):
+    run = train.build(make_config(tmp_path, "dmd", "precision.compute='bf16'"))
+    values = [train.take_step(run) for _ in range(2)]
+    assert all(math.isfinite(value) for each in values for value in each.values())
+    for optimizer in run.optimizers.values():
+        assert {master.dtype for master in optimizer.masters.values()} == {torch.float32}
+        assert {value.dtype for value in optimizer.moments().values()} == {torch.float32}
+        assert optimizer.params["proj_out.weight"].dtype == torch.bfloat16
+        for name, p in optimizer.params.items():
+            assert torch.equal(p, optimizer.masters[name].to(p.dtype)), name
+    assert {value.dtype for value in run.ema.shadow.values()} == {torch.float32}
+    assert run.nets["teacher"].net.proj_out.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_what_a_run_reports(tmp_path, every):
+    """A row tells of all steps since the last: the student learns in odd steps, rows may come in even ones."""
+    run = train.train(make_config(tmp_path, "dmd", f"logging.every={every}"))
+    found = read_metrics(run.folder / "metrics.jsonl")
+    assert [row["step"] for row in found] == list(range(every, 7, every))
+    critic = {"step", "train/loss_critic", "train/grad_norm_critic", "perf/step_s", "perf/mfu", "perf/mem_gb"}
+    student = {
+        f"train/{name}" for name in ("loss_student", "grad_norm_student", "dmd_grad_abs", "normalizer", "score_gap")
+    }
+    for row in found:
+        assert set(row) == critic | (student if every == 2 or row["step"] % 2 else set())
+        assert row["perf/step_s"] > 0
+        assert 0 < row["perf/mfu"] < 1
+        assert row["perf/mem_gb"] > 0
+
+
+def test_summaries_have_the_same_keys(tmp_path):
+    found = []
+    for i, (method, *overrides) in enumerate([("flow",), ("dmd",), ("dmd", "validation.teacher_reference=false")]):
+        run = train.train(make_config(tmp_path / str(i), method, "run.max_steps=1", *overrides))
+        found.append(json.loads((run.folder / "summary.json").read_text()))
+    for summary in found:
+        assert list(summary) == ["scores", "steps", "seconds", "peak_mem_gb"]
+        assert list(summary["scores"]) == ["student", "teacher_50", "teacher_few"]
+        assert all(list(scores) == ["oracle", "swd"] for scores in summary["scores"].values())
+        assert summary["scores"]["student"]["swd"] > 0
+    assert [summary["scores"]["teacher_50"]["swd"] is not None for summary in found] == [False, True, False]
+
+
+def test_a_run_is_reopened_at_its_newest_checkpoint(tmp_path):
+    """Also one that was told to start anew."""
+    run = train.train(make_config(tmp_path, "dmd", "run.max_steps=2", "checkpoint.resume=false"))
+    again = train.reopen(run.folder.rename(tmp_path / "moved"))
+    assert again.step == 2
+    assert again.folder == tmp_path / "moved"
+    assert_same(weights(again), weights(run))

@@ -1,0 +1,114 @@
+"""Runs of milliseconds a step: a random Wan in a folder, and whole configurations on the built-in world."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdmd import config as configs
+from fastdmd.checkpoint import complete
+from fastdmd.config import Config
+from fastdmd.log import read_metrics
+from fastdmd.models import folder
+from fastdmd.models.wan import Wan, WanConfig
+
+ARCHITECTURE = WanConfig(
+    num_attention_heads=2,
+    attention_head_dim=12,
+    num_layers=1,
+    ffn_dim=32,
+    in_channels=3,
+    out_channels=3,
+    text_dim=32,
+    freq_dim=16,
+)
+FLOW = """
+[run]
+output_dir = "{here}/run"
+max_steps = 6
+batch_size = 2
+device = "cpu"
+
+[model]
+family = "wan2.1"
+path = "{here}/wan"
+
+[schedule]
+flow_shift = 3.0
+
+[method]
+name = "flow"
+
+[optim.student]
+lr = 1e-3
+schedule = "cosine"
+warmup_steps = 2
+
+[ema]
+decay = 0.9
+start_step = 1
+
+[precision]
+compute = "fp32"
+
+[data]
+sources = ["shapes"]
+frames = 3
+resolution = [8, 8]
+
+[checkpoint]
+every = 2
+
+[validation]
+samples = 2
+batch_size = 2
+show = 1
+teacher_steps = 2
+
+[logging]
+every = 1
+"""
+DMD = (
+    FLOW.replace('name = "flow"', 'name = "dmd"\ndenoising_timesteps = [1000, 757, 522]\nguidance = 3.0')
+    + """
+[critic]
+updates_per_generator = 2
+
+[optim.critic]
+lr = 2e-3
+"""
+)
+
+
+def write_wan(path: Path, architecture: WanConfig = ARCHITECTURE, nan: bool = False) -> Path:
+    """A diffusers folder of random weights, one of them NaN if asked for."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        weights = Wan(architecture).state_dict()
+    if nan:
+        weights["proj_out.weight"][0, 0] = torch.nan
+    folder.save(path, architecture, weights)
+    return path
+
+
+def write_toml(here: Path, method: str) -> Path:
+    """here/METHOD.toml; its model is here/wan and its output_dir here/run."""
+    write_wan(here / "wan")
+    path = here / f"{method}.toml"
+    path.write_text({"flow": FLOW, "dmd": DMD}[method].format(here=here), encoding="utf-8")
+    return path
+
+
+def make_config(here: Path, method: str, *overrides: str) -> Config:
+    return configs.load(write_toml(here, method), overrides)
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the machine."""
+    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in read_metrics(run / "metrics.jsonl")]
+
+
+def manifest(run: Path) -> dict[str, Any]:
+    """Of the newest checkpoint; equal "files" are equal bits of every tensor."""
+    return json.loads((complete(run / "checkpoints")[-1] / "manifest.json").read_text())
