@@ -73,10 +73,7 @@ def complete(folder: Path) -> list[Path]:
 def save(
     folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
 ) -> Path:
-    """Write `step_NNNNNNNN` with one safetensors file per name and the manifest; then drop all but the newest `keep`.
-
-    Checkpoints of later steps go too: this run has resumed from before them.
-    """
+    """Write `step_NNNNNNNN` with one safetensors file per name and the manifest; then drop all but the newest `keep`."""
     final, part = folder / f"step_{step:08d}", folder / f".part-{step:08d}"
     make_folder(folder)
     sweep(folder)
@@ -89,16 +86,20 @@ def save(
             os.fsync(f.fileno())
         files[path.name] = _sha256(path)
     write_atomic(part / MANIFEST, json.dumps({"step": step, "files": files, **state}, indent=1))
-    if final.exists():  # the same step again, after a resume from an older one
-        _remove(final)
+    for path in complete(folder):
+        if path >= final:  # this run has resumed from before it
+            _remove(path)
     os.rename(part, final)
     fsync_folder(folder)
-    there = complete(folder)
-    kept = [p for p in there if p <= final][-keep:]
-    for path in there:
-        if path not in kept:
-            _remove(path)
+    prune(folder, keep)
     return final
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Leave the newest `keep` checkpoints, and nothing half-written."""
+    for old in complete(folder)[:-keep]:
+        _remove(old)
+    sweep(folder)
 
 
 def _remove(path: Path) -> None:

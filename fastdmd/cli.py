@@ -95,7 +95,7 @@ def export(
     run: RunFolder,
     out: Annotated[Path, typer.Option(help="The diffusers folder to write.")],
 ) -> None:
-    """Write a run's student as a diffusers folder whose scheduler takes its own few steps (a flow model: Euler)."""
+    """Write a run's student as a diffusers folder whose scheduler takes its own few steps (a flow model: UniPC)."""
     with user_errors():
         from fastdmd.train import export_student
 

@@ -4,6 +4,7 @@ B batch; latents are [B, C, ..]; times are float64 [B] on the host.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,8 @@ class Denoiser(nn.Module):
 
     def __init__(self, net: nn.Module, schedule: Schedule) -> None:
         super().__init__()
-        self.net, self.schedule = net, schedule
+        self.net: Any = net  # a models.Net
+        self.schedule = schedule
         self.flops = 0  # of all calls so far with their backward, counted on the host; the trainer reads it
 
     def raw(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:

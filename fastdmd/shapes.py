@@ -19,7 +19,7 @@ from fastdmd.denoiser import Cond
 from fastdmd.schedule import Schedule, coeffs, per_sample
 
 SPECKLE = 0.4
-MAX_ERROR, MIN_SHARE, MAX_BIAS = 0.25, 0.7, 0.2  # what the oracle calls right
+MAX_SHAPE_ERROR, MAX_GROUND_ERROR, MIN_SHARE, MAX_BIAS = 0.6, 0.3, 0.6, 0.2  # what the oracle calls right
 BLOCK = 2  # pixels; shapes, places and motions are in blocks, a network's patch: then every token is all shape or none
 TEXT_TOKENS, TEXT_DIM = 8, 32
 COLOURS = {
@@ -31,7 +31,6 @@ COLOURS = {
 MOTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # blocks a frame
 SHAPES = {
     "ring": ("###", "# #", "###"),
-    "bar": ("####",),
     "square": ("##", "##"),
 }
 KINDS = list(product(SHAPES, COLOURS, MOTIONS))
@@ -105,7 +104,8 @@ class Reading(NamedTuple):
     """What the oracle sees in each video; float32 or int64 [B]."""
 
     caption: Tensor  # index of the nearest one
-    error: Tensor  # root mean square distance to the nearest rendering of any caption at any place
+    shape_error: Tensor  # root mean square distance to its nearest rendering, over the shape's pixels
+    ground_error: Tensor  # the same over the other pixels, where the nearest level is the truth
     share: Tensor  # of background pixels within 25 % of a level
     balance: Tensor  # mean sign of background pixels, 0 is even
     correlation: Tensor  # largest |correlation| of the signs of neighbours along t, h, w
@@ -114,21 +114,21 @@ class Reading(NamedTuple):
 def read(video: Tensor) -> Reading:
     """The exact oracle: the nearest (caption, place) by squared distance, then the speckle outside that shape."""
     video = video.float()
-    B, C, T, H, W = video.shape
+    B, _, T, H, W = video.shape
     masks, colours = templates(T, H, W), palette()
     levels = SPECKLE * torch.tensor([1.0, -1.0])
-    ground = (video[:, None] - levels[:, None, None, None, None]).square().sum(2).amin(1)  # [B, T, H, W]
+    ground = (video[:, None] - levels[:, None, None, None, None]).square().mean(2).amin(1)  # [B, T, H, W]
     best = torch.full((B,), torch.inf)
     caption, place = torch.zeros(B, dtype=torch.int64), torch.zeros(B, dtype=torch.int64)
     for q, (mask, colour) in enumerate(zip(masks, colours, strict=True)):
-        inside = (video - colour[:, None, None, None]).square().sum(1)
+        inside = (video - colour[:, None, None, None]).square().mean(1)
         cost, where = correlate(inside - ground, mask).flatten(1).min(1)
         better = cost < best
         best = torch.where(better, cost, best)
         caption, place = torch.where(better, q, caption), torch.where(better, where, place)
-    error = ((ground.sum((1, 2, 3)) + best) / (C * T * H * W)).clamp(min=0).sqrt()
     shape = torch.stack([m.roll((int(p) // W, int(p) % W), (1, 2)) for m, p in zip(masks[caption], place, strict=True)])
     outside = 1 - shape
+    inside = (video - colours[caption][:, :, None, None, None]).square().mean(1)
     grey = video.mean(1)
     n = outside.sum((1, 2, 3))
     near = ((video.abs() - SPECKLE).abs() <= 0.25 * SPECKLE).float().mean(1)
@@ -143,7 +143,10 @@ def read(video: Tensor) -> Reading:
         ]
     )
     correlation = (correlation / variance.clamp(min=1e-6)).abs().amax(0)
-    return Reading(caption, error, (near * outside).sum((1, 2, 3)) / n, balance.abs(), correlation)
+    shape_error = ((inside * shape).sum((1, 2, 3)) / shape.sum((1, 2, 3))).sqrt()
+    ground_error = ((ground * outside).sum((1, 2, 3)) / n).sqrt()
+    share = (near * outside).sum((1, 2, 3)) / n
+    return Reading(caption, shape_error, ground_error, share, balance.abs(), correlation)
 
 
 class AnalyticDenoiser:
@@ -180,12 +183,15 @@ class AnalyticDenoiser:
 def right(reading: Reading, caption: Tensor) -> Tensor:
     """Which videos have everything right, bool [B]: the caption's shape, colour and motion, and a true speckle.
 
-    A true speckle has its pixels at the levels, evenly and independent. Balance and correlations of real videos have a
-    standard deviation of 0.045 at 12 x 12 pixels: the limit is over four of them away.
+    One frame's worth of the shape may be missing or double: missing in one of four frames is a shape error of 0.54, in
+    two of them 0.76; a second ring in one frame is a ground error of 0.3. A true speckle has its pixels at the levels,
+    evenly and independent: balance and correlations of real videos have a standard deviation of 0.045 at 12 x 12
+    pixels, and the limit is over four of them away.
     """
     return (
         (reading.caption == caption)
-        & (reading.error < MAX_ERROR)
+        & (reading.shape_error < MAX_SHAPE_ERROR)
+        & (reading.ground_error < MAX_GROUND_ERROR)
         & (reading.share > MIN_SHARE)
         & (reading.balance < MAX_BIAS)
         & (reading.correlation < MAX_BIAS)

@@ -121,6 +121,7 @@ def train(config: Config) -> Run:
                 save(run)
             if stop:
                 raise Interrupted(f"stopped at step {run.step} of {max_steps}; checkpoint saved")
+    checkpoint.prune(run.folder / "checkpoints", config.checkpoint.keep)  # a kill may have come between save and prune
     finish(run)
     return run
 

@@ -89,12 +89,13 @@ def last_step(run: Path) -> int:
 
 
 def kill_at_random(start: Callable[[], Any], run: Path, steps: int, kills: int, seed: int, wait: float) -> list[int]:
-    """Start, wait for a random step and up to `wait` seconds more, kill -9, start again ..; then let it end.
+    """Start, wait for a random step and up to `wait` seconds more, kill -9, start again ..; let the last one end.
 
     `start` gives a Popen of the same command each time. -> the last step written at each kill.
     """
-    draw, found = random.Random(seed), []
-    for target in sorted(draw.randrange(steps) for _ in range(kills)):
+    draw, found = random.Random(seed), [0]
+    for _ in range(kills):
+        target = min(found[-1] + draw.randrange(2 * steps // kills), steps - 1)
         process = start()
         while process.poll() is None and last_step(run) < target:
             time.sleep(0.01)
@@ -103,7 +104,7 @@ def kill_at_random(start: Callable[[], Any], run: Path, steps: int, kills: int, 
         process.wait()
         found.append(last_step(run))
     assert start().wait() == 0
-    return found
+    return found[1:]
 
 
 def demonstrate(config: str, *overrides: str, kills: int = 10, seed: int = 0, wait: float = 4.0) -> str:
@@ -151,7 +152,7 @@ def test_killed_at_every_write(tmp_path, dmd_toml):
 def test_killed_ten_times_at_random(tmp_path, dmd_toml):
     command = (dmd_toml, *SHORT, "run.max_steps=40")
     assert Fork(*command, f"run.output_dir='{tmp_path / 'whole'}'").wait() == 0
-    steps = kill_at_random(lambda: Fork(*command), tmp_path / "run", steps=40, kills=10, seed=0, wait=0.2)
+    steps = kill_at_random(lambda: Fork(*command), tmp_path / "run", steps=40, kills=10, seed=0, wait=0.1)
     assert len(set(steps)) > 5
     rows, files = result(tmp_path / "run")
     assert [row["step"] for row in rows] == list(range(1, 41))

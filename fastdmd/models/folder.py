@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -47,7 +48,8 @@ def read_config(folder: Path) -> WanConfig:
         if raw.get(key, value) != value:
             raise ValueError(f"{folder}: transformer has {key} = {raw[key]!r}; name a text-to-video Wan 2.1")
     known = {f.name for f in fields(WanConfig)}
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items() if key in known}
+    given: dict[str, Any] = {key: value for key, value in raw.items() if key in known}
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     if absent := [f.name for f in fields(WanConfig) if f.default is MISSING and f.name not in given]:
         raise ValueError(f"{path} has no {', '.join(absent)}; download or save the folder again")
     config = WanConfig(**given)
@@ -120,20 +122,20 @@ def save(folder: str | Path, config: WanConfig, weights: Mapping[str, Tensor]) -
     )
 
 
-def lcm_scheduler_config(times: Sequence[float]) -> dict[str, object]:
+def lcm_scheduler_config(times: Sequence[float]) -> dict[str, Any]:
     """The `FlowMatchLCMScheduler` config whose grid is `times` (descending, in (0, 1], first 1).
 
     Its step is the re-noising sampler. The grid is a straight line from 1, shifted and stretched to end at the last
     time: two numbers, so three steps always fit and more fit only when they lie on such a curve. ValueError otherwise.
     """
-    from diffusers import FlowMatchLCMScheduler
+    from diffusers.schedulers.scheduling_flow_match_lcm import FlowMatchLCMScheduler
 
     def grid(shift: float) -> Tensor:
-        scheduler = FlowMatchLCMScheduler.from_config(settings(shift))
+        scheduler: Any = FlowMatchLCMScheduler(**settings(shift))
         scheduler.set_timesteps(len(times))
         return scheduler.timesteps.double() / 1000
 
-    def settings(shift: float) -> dict[str, object]:
+    def settings(shift: float) -> dict[str, Any]:
         terminal = times[-1] if len(times) > 1 else None
         return {"num_train_timesteps": 1000, "shift": shift, "shift_terminal": terminal}
 
@@ -165,14 +167,18 @@ def export(
 ) -> None:
     """A diffusers pipeline folder; text encoder, tokenizer and VAE are copied from `source` where it has them.
 
-    Its scheduler takes the few re-noising steps of a student at `times`; without times it is a many-step model's Euler.
+    Its scheduler takes the few re-noising steps of a student at `times`; without times it is Wan's many-step solver.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler, __version__
+    from diffusers import __version__
+    from diffusers.schedulers.scheduling_flow_match_lcm import FlowMatchLCMScheduler
+    from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
     if times is None:
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=flow_shift)
+        # Wan's own; FlowMatchEulerDiscreteScheduler would shift its grid twice
+        flow: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": flow_shift}
+        scheduler = UniPCMultistepScheduler(**flow)
     else:
-        scheduler = FlowMatchLCMScheduler.from_config(lcm_scheduler_config(times))
+        scheduler = FlowMatchLCMScheduler(**lcm_scheduler_config(times))
     save(folder, config, weights)
     scheduler.save_pretrained(folder / "scheduler")
     index: dict[str, object] = {"_class_name": "WanPipeline", "_diffusers_version": __version__}

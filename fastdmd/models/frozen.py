@@ -4,6 +4,7 @@ B batch, C channel, T frames, H W space, S text tokens.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ class TextEncoder:
         from transformers import AutoTokenizer, UMT5EncoderModel
 
         self.tokenizer = AutoTokenizer.from_pretrained(path, subfolder="tokenizer")
-        self.model = UMT5EncoderModel.from_pretrained(path, subfolder="text_encoder", dtype=dtype)
+        self.model: Any = UMT5EncoderModel.from_pretrained(path, subfolder="text_encoder", dtype=dtype)
         self.model.requires_grad_(False).eval()
         self.device = device
 
@@ -48,9 +49,10 @@ class TextEncoder:
 @torch.no_grad()
 def decode(path: str, x0: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Latents [B, C, T, H, W] -> pixels uint8 [B, 4 T - 3, 8 H, 8 W, 3] on the host, one video at a time."""
-    from diffusers import AutoencoderKLWan
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
-    vae = AutoencoderKLWan.from_pretrained(path, subfolder="vae", torch_dtype=dtype).to(device)
+    vae: Any = AutoencoderKLWan.from_pretrained(path, subfolder="vae", torch_dtype=dtype)
+    vae.to(device)
     mean, std = (
         torch.tensor(values, device=device, dtype=dtype).view(1, -1, 1, 1, 1)
         for values in (vae.config.latents_mean, vae.config.latents_std)

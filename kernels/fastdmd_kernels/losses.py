@@ -25,26 +25,28 @@ def _per_sample(value: Scalar, like: Tensor) -> Scalar:
     return value
 
 
-def _upcast(*tensors: Tensor | None) -> list[Tensor | None]:
-    first = tensors[0]
-    for x in tensors:
-        if x is not None and first is not None and x.shape != first.shape:
-            raise ValueError(f"shapes differ: {[list(x.shape) for x in tensors if x is not None]}")
-    return [x if x is None or x.dtype == torch.float64 else x.float() for x in tensors]
-
-
 def _mean_per_sample(x: Tensor) -> Tensor:
     """Mean over all but the batch, kept [B, 1, ..]."""
     return x.mean(dim=tuple(range(1, x.ndim)), keepdim=True)
 
 
-def _real(F_c: Tensor, F_u: Tensor | None, w: Scalar) -> Tensor:
-    """The guided teacher output."""
-    if F_u is None:
-        if isinstance(w, Tensor) or w != 1:
-            raise ValueError(f"guidance w = {w} needs F_u; leave F_u out only with w = 1")
-        return F_c
-    return guide(F_u, F_c, _per_sample(w, F_c))
+def _upcast(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _inputs(
+    x0_g: Tensor, z: Tensor, F_fake: Tensor, F_c: Tensor, F_u: Tensor | None, w: Scalar
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(x0_g, z, F_fake, F_real) upcast, F_real the guided teacher; ValueError for other shapes or a missing F_u."""
+    shapes = [list(x.shape) for x in (x0_g, z, F_fake, F_c, F_u) if x is not None]
+    if any(shape != shapes[0] for shape in shapes):
+        raise ValueError(f"shapes differ: {shapes}")
+    if F_u is None and (isinstance(w, Tensor) or w != 1):
+        raise ValueError(f"guidance w = {w} needs F_u; leave F_u out only with w = 1")
+    F_real = _upcast(F_c)
+    if F_u is not None:
+        F_real = guide(_upcast(F_u), F_real, _per_sample(w, F_real))
+    return _upcast(x0_g), _upcast(z), _upcast(F_fake), F_real
 
 
 def dmd_loss(
@@ -64,9 +66,8 @@ def dmd_loss(
     bfloat16 rounding; loss = 0.5 mean((x0_g - sg(x0_g - grad))^2). Gradient to x0_g only. `mask`, boolean and
     broadcastable to x0_g, keeps elements in the mean. Raises ValueError for shapes that differ.
     """
-    x0, z, F_fake, F_c, F_u = _upcast(x0_g, z, F_fake, F_c, F_u)  # type: ignore[assignment]
+    x0, z, F_fake, F_real = _inputs(x0_g, z, F_fake, F_c, F_u, w)
     with torch.no_grad():
-        F_real = _real(F_c, F_u, w)
         a, b = _per_sample(a, z), _per_sample(b, z)
         gap = F_fake - F_real
         normalizer = _mean_per_sample((x0 - (a * z + b * F_real)).abs())
@@ -96,8 +97,7 @@ def sid_loss(
     mean((x0_real - x0_fake) ((x0_real - x0_g) - alpha (x0_real - x0_fake)) / sg(mean_per_sample|x0_g - x0_real|)).
     Nothing but the normaliser is detached: gradients flow to x0_g, z, F_fake, F_c and F_u.
     """
-    x0, z, F_fake, F_c, F_u = _upcast(x0_g, z, F_fake, F_c, F_u)  # type: ignore[assignment]
-    F_real = _real(F_c, F_u, w)
+    x0, z, F_fake, F_real = _inputs(x0_g, z, F_fake, F_c, F_u, w)
     a, b = _per_sample(a, z), _per_sample(b, z)
     p = a * z + b * F_real - x0
     gap = b * (F_real - F_fake)  # x0_real - x0_fake, without the rounding of a z
