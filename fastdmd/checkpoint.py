@@ -73,7 +73,7 @@ def complete(folder: Path) -> list[Path]:
 def save(
     folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
 ) -> Path:
-    """Write `step_NNNNNNNN` with one safetensors file per name and the manifest; then drop all but the newest `keep`."""
+    """Write `step_NNNNNNNN`, one safetensors file per name and the manifest; then drop all but the newest `keep`."""
     final, part = folder / f"step_{step:08d}", folder / f".part-{step:08d}"
     make_folder(folder)
     sweep(folder)

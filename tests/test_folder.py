@@ -3,14 +3,17 @@
 import json
 import re
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FlowMatchLCMScheduler, WanTransformer3DModel
+from diffusers import FlowMatchLCMScheduler, UniPCMultistepScheduler, WanTransformer3DModel
 
 from fastdmd.models import folder
 from fastdmd.models.wan import Wan, WanConfig
+from fastdmd.schedule import FlowSchedule
 
+TEACHER = Path(__file__).parents[1] / "assets" / "tiny_wan"
 TINY = WanConfig(
     num_attention_heads=2, attention_head_dim=12, num_layers=2, ffn_dim=40, in_channels=3, out_channels=3, text_dim=8,
     freq_dim=32, patch_size=(1, 1, 2), cross_attn_norm=False, eps=1e-5,
@@ -155,3 +158,19 @@ def test_export_of_steps_that_do_not_fit_writes_nothing(tmp_path):
     with pytest.raises(ValueError, match="denoising_timesteps"):
         folder.export(tmp_path / "out", net.config, net.state_dict(), [1, 0.9, 0.5, 0.25], 3.0, tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+def test_many_step_export_solves_on_our_grid(tmp_path):
+    """One shift: 50 steps of the stock solver are where ours are. Two shifts would be 0.05 off."""
+    net = Wan(TINY)
+    folder.export(tmp_path, net.config, net.state_dict(), None, 3.0, None)
+    scheduler = UniPCMultistepScheduler.from_pretrained(tmp_path, subfolder="scheduler")
+    scheduler.set_timesteps(50)
+    assert (scheduler.sigmas - FlowSchedule(3.0).solver_grid(50)).abs().max() < 5e-3
+    assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"][1] == "UniPCMultistepScheduler"
+
+
+def test_the_shipped_teacher_opens_in_diffusers():
+    ours, path = folder.load(TEACHER), TEACHER / "transformer"
+    theirs = WanTransformer3DModel.from_pretrained(path).state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.state_dict().items())
