@@ -99,11 +99,11 @@ def two_steps(here, *overrides: str) -> tuple[list[dict[str, float]], dict[str, 
 
 
 def is_close(left, right) -> bool:
-    """Metrics to 1e-5 of themselves, weights to 1e-5 of how far two steps at lr = 1e-3 can move them."""
+    """Metrics to 1e-5 of themselves; weights to 1e-7, some roundings of them: the two steps move them by 1e-3."""
     values = zip(left[0], right[0], strict=True)
     return all(
         a.keys() == b.keys() and all(math.isclose(a[k], b[k], rel_tol=1e-5) for k in a) for a, b in values
-    ) and all(torch.allclose(value, right[1][name], rtol=0, atol=2e-8) for name, value in left[1].items())
+    ) and all(torch.allclose(value, right[1][name], rtol=0, atol=1e-7) for name, value in left[1].items())
 
 
 def test_accumulated_micro_batches_are_one_batch(tmp_path, monkeypatch):
