@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 import types
 
@@ -61,6 +62,15 @@ def test_numbers_are_read_back_exactly(tmp_path):
         run.write(1, values)
     write(tmp_path, 1, 1)
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, **values}]
+
+
+def test_sync_flushes_the_rows_to_the_disk(tmp_path, monkeypatch):
+    with RunLog(Config(), tmp_path, 0) as run:
+        run.write(1, {"a": 1.0})
+        flushed = []
+        monkeypatch.setattr(log.os, "fsync", lambda fd: flushed.append(os.fstat(fd).st_ino))
+        run.sync()
+    assert flushed == [(tmp_path / "metrics.jsonl").stat().st_ino]
 
 
 class FakeWandb(types.ModuleType):

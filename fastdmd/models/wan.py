@@ -184,10 +184,10 @@ class Wan(nn.Module):
 
     @torch.no_grad()
     def start_from_scratch(self) -> "Wan":
-        """Random weights that can learn: open residual gates, and random q and k biases.
+        """Random weights to train from: open residual gates, and random q and k biases.
 
-        The biases give every head a kernel over token offsets, sum_i q_i k_i cos(w_i d), from the first step. Without
-        them attention starts position-blind: a tiny model then only pools its neighbours for its first 1,000 steps.
+        With RoPE the biases give a head a kernel over token offsets, sum_i q_i k_i cos(w_i d), from the first step. The
+        tiny teacher was trained so; what each of the two is worth was not measured apart.
         """
         for block in self.blocks:
             assert isinstance(block, Block)
