@@ -107,7 +107,7 @@ def kill_at_random(start: Callable[[], Any], run: Path, steps: int, kills: int, 
     return found[1:]
 
 
-def demonstrate(config: str, *overrides: str, kills: int = 10, seed: int = 0, wait: float = 4.0) -> str:
+def demonstrate(config: str, *overrides: str, kills: int = 10, seed: int = 0, wait: float = 1.0) -> str:
     """Compare a run with one that is killed, in OUTPUT_DIR_whole and OUTPUT_DIR_killed; both are made anew."""
     settings = configs.load(config, overrides).run
     whole, killed = (Path(f"{settings.output_dir}_{name}") for name in ("whole", "killed"))
@@ -152,7 +152,7 @@ def test_killed_at_every_write(tmp_path, dmd_toml):
 def test_killed_ten_times_at_random(tmp_path, dmd_toml):
     command = (dmd_toml, *SHORT, "run.max_steps=40")
     assert Fork(*command, f"run.output_dir='{tmp_path / 'whole'}'").wait() == 0
-    steps = kill_at_random(lambda: Fork(*command), tmp_path / "run", steps=40, kills=10, seed=0, wait=0.1)
+    steps = kill_at_random(lambda: Fork(*command), tmp_path / "run", steps=40, kills=10, seed=0, wait=0.02)
     assert len(set(steps)) > 5
     rows, files = result(tmp_path / "run")
     assert [row["step"] for row in rows] == list(range(1, 41))
