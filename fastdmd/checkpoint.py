@@ -3,11 +3,13 @@
 Written to a hidden folder, flushed to disk, then renamed: a folder named `step_NNNNNNNN` is complete. No pickles.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +49,19 @@ def make_folder(path: Path) -> None:
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
         fsync_folder(path.parent)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time trains in a folder: two would mix their rows. A killed one's lock goes with it."""
+    with open(path / ".lock", "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"run.output_dir = '{path}': another process trains there; stop it or name another"
+            ) from None
+        yield
 
 
 def write_atomic(path: Path, text: str) -> None:

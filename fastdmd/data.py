@@ -119,7 +119,10 @@ class ShapesWorld:
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device, self.negative_prompt = config, device, config.negative_prompt
         self.latent_shape = config.latent_shape()
-        self.prompts: Sequence[str] = shapes.CAPTIONS
+        n = len(shapes.CAPTIONS)
+        self.prompts: Sequence[str] = [
+            shapes.CAPTIONS[13 * i % n] for i in range(n)
+        ]  # the first few differ in all words
         self.text = shapes.embed([*shapes.CAPTIONS, config.negative_prompt]).to(device)
 
     def cond(self, prompts: Sequence[str]) -> Cond:

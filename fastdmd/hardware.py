@@ -17,8 +17,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         for key, peak in BF16_PEAK.items():
             if key in name:
                 return peak
-    n = 4096 if device.type == "cuda" else 1024
-    a = torch.ones(n, n, device=device, dtype=dtype)
+    n = 512 if device.type == "cpu" else 4096  # 1,024 in bfloat16 takes seconds on a CPU
+    a = torch.randn(n, n, device=device).to(dtype)
     return max(2 * n**3 / _seconds(a) for _ in range(4))
 
 

@@ -44,7 +44,7 @@ class Config:
 class EMAConfig:
     decay: float
     start_step: int = 0
-    every: int = 1
+    every: int = 1  # updates of the student between updates of the shadow
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if not 0 < self.decay < 1:
@@ -52,7 +52,7 @@ class EMAConfig:
         if self.start_step < 0:
             yield "start_step", f"{self.start_step} is negative; 0 starts at once"
         if self.every < 1:
-            yield "every", f"{self.every} is not positive; 1 updates at every step"
+            yield "every", f"{self.every} is not positive; 1 follows every update of the student"
 
 
 def lr_at(config: Config, step: int, max_steps: int) -> float:
@@ -128,22 +128,29 @@ class Optimizer:
 
 
 class EMA:
-    """A float32 shadow of the student's masters: a copy to start_step, then shadow += (1 - decay) (master - shadow)."""
+    """A float32 shadow of the student's masters: a copy to start_step, then shadow += (1 - decay) (master - shadow).
+
+    It moves with the student's updates, not with the run's steps: five critic updates between two of the student would
+    make a decay of 0.99 one of 0.951.
+    """
 
     def __init__(self, masters: Mapping[str, Tensor], config: EMAConfig) -> None:
-        self.config, self.masters = config, masters
+        self.config, self.masters, self.updates = config, masters, 0
         self.shadow = {name: master.detach().clone() for name, master in masters.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After step `step` (1-based count of finished steps)."""
-        if step % self.config.every:
+        """After an update of the student in step `step` (1-based count of finished steps)."""
+        self.updates += 1
+        copy = step <= self.config.start_step
+        if not copy and self.updates % self.config.every:
             return
-        weight = 1.0 if step <= self.config.start_step else 1 - self.config.decay
+        weight = 1.0 if copy else 1 - self.config.decay
         shadow, masters = list(self.shadow.values()), list(self.masters.values())
         torch._foreach_lerp_(shadow, masters, weight)  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
-    def load(self, state: Mapping[str, Tensor]) -> None:
+    def load(self, state: Mapping[str, Tensor], updates: int) -> None:
+        self.updates = updates
         for name, shadow in self.shadow.items():
             shadow.copy_(state[name])

@@ -95,34 +95,38 @@ def make_net(config: Config, role: str, device: torch.device) -> Wan:
 def train(config: Config) -> Run:
     """Run to max_steps, from the newest checkpoint if there is one; Interrupted or Diverged stop it earlier."""
     run = build(config)
-    restore(run)
     checkpoint.make_folder(run.folder)
-    checkpoint.write_atomic(run.folder / "config.toml", configs.dump(config))
-    max_steps, peak = config.run.max_steps, peak_flops(run.device, config.precision.dtype)
-    log, progress = RunLog(config.logging, run.folder, run.step), Progress("step", max_steps, run.step)
-    with stop_on_signals(run), log, progress:
-        while run.step < max_steps:
-            start, flops = time.perf_counter(), count_flops(run)
-            values = take_step(run)
-            seconds = time.perf_counter() - start
-            run.seconds += seconds
-            run.recent |= values
-            if run.step % config.logging.every == 0 or run.step == max_steps:
-                mfu = (count_flops(run) - flops) / seconds / peak
-                perf = {"perf/step_s": seconds, "perf/mfu": mfu, "perf/mem_gb": peak_memory_gb(run.device)}
-                log.write(run.step, run.recent | perf)
-                run.recent = {}
-            progress.show(run.step, "  ".join(f"{k.split('/')[1]} {v:.4g}" for k, v in values.items() if "loss" in k))
-            if config.validation.every and run.step % config.validation.every == 0 and run.step < max_steps:
-                validate_step(run, log)
-            stop = run.stop  # read once: a signal may come at any moment
-            if run.step % config.checkpoint.every == 0 or run.step == max_steps or stop:
-                log.sync()
-                save(run)
-            if stop:
-                raise Interrupted(f"stopped at step {run.step} of {max_steps}; checkpoint saved")
-    checkpoint.prune(run.folder / "checkpoints", config.checkpoint.keep)  # a kill may have come between save and prune
-    finish(run)
+    with checkpoint.locked(run.folder):
+        restore(run)
+        checkpoint.write_atomic(run.folder / "config.toml", configs.dump(config))
+        max_steps, peak = config.run.max_steps, peak_flops(run.device, config.precision.dtype)
+        log, progress = RunLog(config.logging, run.folder, run.step), Progress("step", max_steps, run.step)
+        with stop_on_signals(run), log, progress:
+            while run.step < max_steps:
+                start, flops = time.perf_counter(), count_flops(run)
+                values = take_step(run)
+                seconds = time.perf_counter() - start
+                run.seconds += seconds
+                run.recent |= values
+                if run.step % config.logging.every == 0 or run.step == max_steps:
+                    mfu = (count_flops(run) - flops) / seconds / peak
+                    perf = {"perf/step_s": seconds, "perf/mfu": mfu, "perf/mem_gb": peak_memory_gb(run.device)}
+                    log.write(run.step, run.recent | perf)
+                    run.recent = {}
+                progress.show(
+                    run.step, "  ".join(f"{k.split('/')[1]} {v:.4g}" for k, v in values.items() if "loss" in k)
+                )
+                if config.validation.every and run.step % config.validation.every == 0 and run.step < max_steps:
+                    validate_step(run, log)
+                stop = run.stop  # read once: a signal may come at any moment
+                if run.step % config.checkpoint.every == 0 or run.step == max_steps or stop:
+                    log.sync()
+                    save(run)
+                if stop:
+                    raise Interrupted(f"stopped at step {run.step} of {max_steps}; checkpoint saved")
+        # a kill may have come between save and prune
+        checkpoint.prune(run.folder / "checkpoints", config.checkpoint.keep)
+        finish(run)
     return run
 
 
@@ -132,7 +136,8 @@ def take_step(run: Run) -> dict[str, float]:
     samples = [range(i * config.batch_size, (i + 1) * config.batch_size) for i in range(config.grad_accum)]
     batches = [run.world.batch(Rng(config.seed, run.step, "data", s, "cpu")) for s in samples]
     carries: list[dict[str, Any]] = [{} for _ in batches]
-    for index, phase in enumerate(run.method.phases(run.step)):
+    phases = run.method.phases(run.step)
+    for index, phase in enumerate(phases):
         for role, denoiser in run.nets.items():
             denoiser.requires_grad_(role == phase)
         losses = []
@@ -150,7 +155,7 @@ def take_step(run: Run) -> dict[str, float]:
         run.optimizers[phase].step(run.step)
         values |= {f"train/{name}": value for name, value in read.items()}
     run.step += 1
-    if run.ema:
+    if run.ema and "student" in phases:
         run.ema.update(run.step)
     return values
 
@@ -190,8 +195,8 @@ def save(run: Run) -> Path:
         tensors[role], tensors[f"optim_{role}"] = optimizer.masters, optimizer.moments()
     if run.ema:
         tensors["ema"] = run.ema.shadow
-    batch = run.config.run.batch_size * run.config.run.grad_accum
-    state = {"samples": run.step * batch, "seconds": run.seconds, "recent": run.recent}
+    state: dict[str, Any] = {"samples": run.step * run.config.run.batch_size * run.config.run.grad_accum}
+    state |= {"seconds": run.seconds, "recent": run.recent, "ema_updates": run.ema.updates if run.ema else 0}
     return checkpoint.save(run.folder / "checkpoints", run.step, tensors, state, run.config.checkpoint.keep)
 
 
@@ -211,7 +216,7 @@ def restore(run: Run) -> None:
     for role, optimizer in run.optimizers.items():
         optimizer.load(tensors[role], tensors[f"optim_{role}"])
     if run.ema:
-        run.ema.load(tensors["ema"])
+        run.ema.load(tensors["ema"], manifest["ema_updates"])
     run.step, run.seconds, run.recent = manifest["step"], manifest["seconds"], manifest["recent"]
 
 

@@ -11,23 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import FLOW
 from typer.testing import CliRunner
 
 import fastdmd_kernels
+from fastdmd.checkpoint import locked
 from fastdmd.cli import app
 
 COMMANDS = ("train", "sample", "eval", "export", "doctor")
 HELP = [sys.executable, "-c", "from fastdmd.cli import main; main()", "--help"]
-TINY = """\
-[run]
-output_dir = "run"
-max_steps = 400
-batch_size = 1
-device = "cpu"
-
-[model]
-family = "wan2.1"
-
+TINY = (
+    FLOW.format(here=".")
+    .replace(
+        'path = "./wan"',
+        """
 [model.architecture]
 num_attention_heads = 1
 attention_head_dim = 12
@@ -36,32 +33,11 @@ ffn_dim = 12
 in_channels = 3
 out_channels = 3
 text_dim = 32
-freq_dim = 8
-
-[schedule]
-flow_shift = 3.0
-
-[method]
-name = "flow"
-
-[optim.student]
-lr = 1e-3
-
-[precision]
-compute = "fp32"
-
-[data]
-sources = ["shapes"]
-frames = 2
-resolution = [16, 16]
-
-[validation]
-samples = 1
-teacher_steps = 2
-
-[logging]
-every = 1
-"""
+freq_dim = 8""",
+    )
+    .replace("max_steps = 6", "max_steps = 400")
+    .replace("[checkpoint]\nevery = 2", "")
+)
 
 
 def cpu_seconds(command):
@@ -113,6 +89,34 @@ def test_an_output_folder_that_cannot_be_made_is_one_clear_line(tmp_path, monkey
     assert isinstance(result.exception, SystemExit)
     assert result.stderr.startswith("error: ")
     assert "/proc/run" in result.stderr
+
+
+def test_interrupted_while_the_final_samples_are_made(tmp_path, monkeypatch):
+    def interrupt(run):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.toml").write_text(TINY)
+    command = ["train", "tiny.toml", "run.max_steps=2"]
+    with monkeypatch.context() as patched:
+        patched.setattr("fastdmd.train.finish", interrupt)
+        result = CliRunner().invoke(app, command)
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-2:] == ["interrupted", f"resume with: fastdmd {' '.join(command)}"]
+    assert not Path("run/summary.json").exists()
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert json.loads(Path("run/summary.json").read_text())["steps"] == 2
+
+
+def test_a_second_run_in_the_same_folder_is_turned_away(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.toml").write_text(TINY)
+    Path("run").mkdir()
+    with locked(Path("run")):
+        result = CliRunner().invoke(app, ["train", "tiny.toml", "run.max_steps=1"])
+    assert result.exit_code == 2
+    assert "run.output_dir = 'run': another process trains there" in result.stderr
+    assert [path.name for path in Path("run").iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize("resume", ["latest", False])

@@ -11,7 +11,7 @@ from fastdmd import config as configs
 from fastdmd.cli import app
 from fastdmd.models import folder
 
-DMD = """\
+RUN = """\
 [run]
 output_dir = "out"
 max_steps = 10
@@ -19,6 +19,11 @@ batch_size = 2
 
 [model]
 family = "wan2.1"
+"""
+
+DMD = (
+    RUN
+    + """\
 path = "teacher"
 
 [schedule]
@@ -43,15 +48,11 @@ sources = ["prompts.txt"]
 frames = 81
 resolution = [32, 48]
 """
+)
 
-FLOW = """\
-[run]
-output_dir = "out"
-max_steps = 10
-batch_size = 2
-
-[model]
-family = "wan2.1"
+FLOW = (
+    RUN
+    + """\
 
 [model.architecture]
 num_attention_heads = 2
@@ -76,6 +77,7 @@ sources = ["shapes"]
 frames = 5
 resolution = [16, 32]
 """
+)
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
 SIZES = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 24}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
+from tiny import DMD
 from torch import nn
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
@@ -17,51 +18,15 @@ from fastdmd.rng import Rng
 from fastdmd.train import Run, export_student, reopen, train
 
 SEED = 3
-CONFIG = """
-[run]
-output_dir = "{run}"
-max_steps = 2
-batch_size = 2
-device = "cpu"
-
-[model]
-family = "wan2.1"
-path = "{model}"
-
-[schedule]
-flow_shift = 3.0
-
-[method]
-name = "dmd"
-denoising_timesteps = [1000, 757, 522]
-guidance = 2.0
-
-[critic]
-updates_per_generator = 1
-
-[optim.student]
-lr = 0.01
-
-[optim.critic]
-lr = 0.01
-
-[ema]
-decay = 0.5
-
-[precision]
-compute = "fp32"
-
-[data]
-sources = ["{source}"]
-frames = {frames}
-resolution = [{side}, {side}]
-
-[validation]
-samples = 1
-show = 1
-weights = "{weights}"
-teacher_reference = false
-"""
+# learning rates that move the weights far from their EMA in two steps
+TWO_STEPS = (
+    "run.max_steps=2",
+    "critic.updates_per_generator=1",
+    "optim.student={lr=0.01}",
+    "optim.critic.lr=0.01",
+    "ema={decay=0.5}",
+    "validation.teacher_reference=false",
+)
 
 
 def tiny_wan(channels: int, text_dim: int) -> Wan:
@@ -85,11 +50,11 @@ def frozen():
     return {"tokenizer": tokenizer, "text_encoder": UMT5EncoderModel(text).eval(), "vae": vae}
 
 
-def run_dmd(tmp_path, **values) -> Run:
-    """Two steps of DMD from the folder `model`, reopened."""
+def run_dmd(tmp_path, *overrides: str) -> Run:
+    """Two steps of DMD from the folder `wan`, reopened."""
     file = tmp_path / "dmd.toml"
-    file.write_text(CONFIG.format(run=tmp_path / "run", model=tmp_path / "model", **values))
-    train(configs.load(file))
+    file.write_text(DMD.format(here=tmp_path))
+    train(configs.load(file, [*TWO_STEPS, *overrides]))
     return reopen(tmp_path / "run")
 
 
@@ -110,8 +75,8 @@ def sample_theirs(pipe: WanPipeline, shape, n: int, monkeypatch, **call):
 @pytest.mark.parametrize("weights", ["ema", "student"])
 def test_built_in_world_in_a_stock_pipeline(tmp_path, frozen, monkeypatch, weights):
     net = tiny_wan(channels=3, text_dim=shapes.TEXT_DIM)
-    folder.save(tmp_path / "model", net.config, net.state_dict())
-    run = run_dmd(tmp_path, source="shapes", frames=4, side=16, weights=weights)
+    folder.save(tmp_path / "wan", net.config, net.state_dict())
+    run = run_dmd(tmp_path, "data.frames=4", "data.resolution=[16, 16]", f"validation.weights='{weights}'")
     export_student(tmp_path / "run", tmp_path / "out")
 
     pipe = WanPipeline.from_pretrained(tmp_path / "out", **frozen)
@@ -134,13 +99,14 @@ def test_prompts_in_a_stock_pipeline(tmp_path, frozen, monkeypatch):
     net = tiny_wan(channels=16, text_dim=24)
     for parameter in net.parameters():  # so that the text counts
         nn.init.normal_(parameter, std=0.3)
-    folder.save(tmp_path / "model", net.config, net.state_dict())
-    transformer = WanTransformer3DModel.from_pretrained(tmp_path / "model" / "transformer")
+    folder.save(tmp_path / "wan", net.config, net.state_dict())
+    transformer = WanTransformer3DModel.from_pretrained(tmp_path / "wan" / "transformer")
     source = WanPipeline(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), **frozen)
-    source.save_pretrained(tmp_path / "model")
+    source.save_pretrained(tmp_path / "wan")
     prompts = ["a red fox", "some  blue   sea"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
-    run = run_dmd(tmp_path, source=tmp_path / "prompts.txt", frames=5, side=32, weights="ema")
+    sources = f"data.sources=['{tmp_path / 'prompts.txt'}']"
+    run = run_dmd(tmp_path, sources, "data.frames=5", "data.resolution=[32, 32]")
     export_student(tmp_path / "run", tmp_path / "out")
 
     pipe = WanPipeline.from_pretrained(tmp_path / "out")

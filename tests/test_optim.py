@@ -185,6 +185,8 @@ def test_ema_is_a_copy_up_to_start_step():
 
 def test_ema_every():
     assert ema_after(EMAConfig(decay=0.5, every=2), [0.0, 8.0, 4.0, 8.0, 6.0]) == pytest.approx([0, 2, 2, 4])
+    # the copy up to start_step is of every update: what follows starts from the newest
+    assert ema_after(EMAConfig(decay=0.5, every=2, start_step=1), [0.0, 8.0, 4.0]) == pytest.approx([8, 6])
 
 
 def test_ema_is_float32_over_masters_and_loads():
@@ -193,8 +195,9 @@ def test_ema_is_float32_over_masters_and_loads():
     assert all(s.dtype == torch.float32 for s in ema.shadow.values())
     assert torch.equal(ema.shadow["w"], Net().w)
     assert ema.shadow["w"] is not optimizer.masters["w"]
-    ema.load({name: s + 1 for name, s in ema.shadow.items()})
+    ema.load({name: s + 1 for name, s in ema.shadow.items()}, updates=5)
     assert torch.equal(ema.shadow["w"], Net().w + 1)
+    assert ema.updates == 5
 
 
 @pytest.mark.parametrize("change", [{"decay": 1.0}, {"start_step": -1}, {"every": 0}], ids=str)

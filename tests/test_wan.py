@@ -146,6 +146,21 @@ def test_latent_that_does_not_fit(shape):
         Wan(TINY)(torch.zeros(1, *shape), torch.ones(1), Cond(torch.zeros(1, 7, 24)))
 
 
+def test_random_weights_to_train_from_are_drawn_from_the_seed():
+    nets = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        nets.append(Wan(TINY).start_from_scratch())
+    first, again, other = (dict(net.named_parameters()) for net in nets)
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    for i in range(TINY.num_layers):
+        for name in ("to_q", "to_k"):
+            bias = f"blocks.{i}.attn1.{name}.bias"
+            assert 0.5 < first[bias].std() < 1.5
+            assert not torch.equal(first[bias], other[bias])
+        assert torch.all(first[f"blocks.{i}.scale_shift_table"][:, [2, 5]] == 1)
+
+
 def test_checkpointing_changes_nothing():
     net = randomized(Wan(TINY))
     calls = []

@@ -101,7 +101,8 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> Wan:
             f"{folder}: the weights of transformer do not fit its config.json: {', '.join(wrong[:3])}{more}; "
             "download or save the folder again"
         )
-    net.load_state_dict({key: value.to(device, torch.float32) for key, value in weights.items()}, assign=True)
+    # a copy: tensors read on the CPU are views of the file, which may be written over while a run goes on
+    net.load_state_dict({key: x.to(device, torch.float32, copy=True) for key, x in weights.items()}, assign=True)
     return net
 
 
