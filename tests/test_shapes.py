@@ -188,6 +188,27 @@ def test_oracle_fails_a_shape_that_is_not_there_throughout():
     assert share_right(ground, caption) == 0
 
 
+def test_oracle_fails_a_shape_missing_in_one_frame():
+    video, caption = draw(fair_bits(0, 96))
+    ground = (SPECKLE * (2.0 * fair_bits(1, 96)[:, None] - 1)).expand_as(video)
+    holed = torch.cat([video[:, :, :1], ground[:, :, 1:2], video[:, :, 2:]], dim=2)
+    assert torch.equal(shapes.read(holed).caption, caption)
+    assert share_right(holed, caption) < 0.03  # a small shape over a speckle of nearly its colour
+
+
+def test_oracle_fails_a_second_ring_in_one_frame():
+    """At 4 x 12 x 12, the size that the limit was set at."""
+    rings = torch.tensor([i for i, caption in enumerate(shapes.CAPTIONS) if "ring" in caption])
+    bits = torch.randint(2, (len(rings), 4, 12, 12), generator=torch.Generator().manual_seed(0))
+    place = torch.zeros(len(rings), 2, dtype=torch.int64)
+    video, other = shapes.render(rings, place, bits), shapes.render(rings, place + 6, bits)
+    assert share_right(video, rings) == 1
+    twice = video.clone()
+    twice[:, :, 0] = torch.where(other[:, :, 0].abs() == 1, other[:, :, 0], video[:, :, 0])
+    assert torch.equal(shapes.read(twice).caption, rings)
+    assert share_right(twice, rings) == 0
+
+
 # ------------------------------------------------------------------------ the posterior mean
 
 
