@@ -184,9 +184,10 @@ def right(reading: Reading, caption: Tensor) -> Tensor:
     """Which videos have everything right, bool [B]: the caption's shape, colour and motion, and a true speckle.
 
     A shape that is missing in one of four frames is a shape error of about 0.54, and a second ring in one of them a
-    ground error of 0.253: neither may be. A true speckle has three quarters of its pixels within 25 % of a level (few steps of
-    an exact denoiser have a quarter there, eight have nearly all), evenly and independent: balance and correlations of
-    real videos have a standard deviation of 0.045 at 12 x 12 pixels, and the limit is over four of them away.
+    ground error of 0.253: neither may be. A true speckle has three quarters of its pixels within 25 % of a level (few
+    steps of an exact denoiser have a quarter there, eight have nearly all), evenly and independent: balance and
+    correlations of real videos have a standard deviation of 0.045 at 12 x 12 pixels, and the limit is over four of
+    them away.
     """
     return (
         (reading.caption == caption)
