@@ -1,6 +1,13 @@
-"""An exported student, sampled by stock diffusers, gives what our own sampler gives."""
+"""An exported student, sampled by stock diffusers, gives what our own sampler gives.
+
+`python -m tests.test_export RUN` shows it of the student of any run on the built-in world.
+"""
 
 import string
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,8 +46,7 @@ def tiny_wan(channels: int, text_dim: int) -> Wan:
     )  # fmt: skip
 
 
-@pytest.fixture
-def frozen():
+def frozen_networks() -> dict[str, Any]:
     """The other networks of a Wan 2.1 folder, tiny: 16 latent channels, text embeddings of 24."""
     torch.manual_seed(0)
     letters = [(letter, -3.0) for letter in string.ascii_lowercase]
@@ -48,6 +54,11 @@ def frozen():
     text = UMT5Config(vocab_size=64, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     vae = AutoencoderKLWan(base_dim=4, z_dim=16, num_res_blocks=1)
     return {"tokenizer": tokenizer, "text_encoder": UMT5EncoderModel(text).eval(), "vae": vae}
+
+
+@pytest.fixture
+def frozen() -> dict[str, Any]:
+    return frozen_networks()
 
 
 def run_dmd(tmp_path, *overrides: str) -> Run:
@@ -119,3 +130,20 @@ def test_prompts_in_a_stock_pipeline(tmp_path, frozen, monkeypatch):
     ours = run.world.pixels(x0)
     assert ours.shape == video.shape == (2, 5, 32, 32, 3)
     assert (ours / 255 - torch.from_numpy(video)).abs().max() <= 1 / 255
+
+
+def demonstrate(run: str) -> str:
+    """Export a run's student, sample every caption with both samplers, and compare the latents."""
+    opened, prompts = reopen(Path(run)), shapes.CAPTIONS
+    with tempfile.TemporaryDirectory() as out, pytest.MonkeyPatch.context() as monkeypatch:
+        export_student(Path(run), Path(out))
+        pipe = WanPipeline.from_pretrained(out, **frozen_networks())
+        call = {"prompt_embeds": shapes.embed(prompts), "output_type": "latent"}
+        theirs = sample_theirs(pipe, opened.world.latent_shape, len(prompts), monkeypatch, **call)
+        ours = sample_ours(opened, prompts, Path(out) / "samples")
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
+    return f"{len(prompts)} videos in 3 steps: largest difference {(theirs - ours).abs().max():.1e}"
+
+
+if __name__ == "__main__":
+    print(demonstrate(*sys.argv[1:]))
