@@ -1,4 +1,4 @@
-"""Score-distillation losses: what they mean, in plain PyTorch. A fused kernel has to match this page.
+"""Score-distillation losses: what they mean, in plain PyTorch. The fused kernels of `_triton` have to match this page.
 
 x0_g student output, z = alpha(s) x0_g + sigma(s) eps, F raw outputs at (z, s): F_fake of the critic, F_c and F_u of the
 teacher with and without the condition; x0 = a z + b F. Tensors [B, ..]; a, b, w are [B] or scalars. All arithmetic is
@@ -7,6 +7,8 @@ at least float32, whatever the inputs are.
 
 import torch
 from torch import Tensor
+
+from fastdmd_kernels.dispatch import backend
 
 Scalar = Tensor | float
 Metrics = dict[str, Tensor]
@@ -17,10 +19,32 @@ def guide(u: Tensor, c: Tensor, w: Scalar) -> Tensor:
     return u + w * (c - u)
 
 
+def _check(
+    x0_g: Tensor, z: Tensor, F_fake: Tensor, F_c: Tensor, F_u: Tensor | None, a: Scalar, b: Scalar, w: Scalar
+) -> None:
+    """ValueError for shapes that differ or a missing F_u."""
+    shapes = [list(x.shape) for x in (x0_g, z, F_fake, F_c, F_u) if x is not None]
+    if any(shape != shapes[0] for shape in shapes):
+        raise ValueError(f"shapes differ: {shapes}")
+    if x0_g.ndim < 2:
+        raise ValueError(f"tensors of shape {shapes[0]}: want [B, ..]")
+    for value in (a, b, w):
+        if isinstance(value, Tensor) and value.ndim and value.shape != x0_g.shape[:1]:
+            raise ValueError(f"per-sample scalar of shape {list(value.shape)} for tensors {shapes[0]}")
+    if F_u is None and (isinstance(w, Tensor) or w != 1):
+        raise ValueError(f"guidance w = {w} needs F_u; leave F_u out only with w = 1")
+
+
+def _check_mask(mask: Tensor, like: Tensor) -> None:
+    fits = mask.ndim <= like.ndim and all(
+        m in (1, n) for m, n in zip(reversed(mask.shape), reversed(like.shape), strict=False)
+    )
+    if mask.dtype != torch.bool or not fits:
+        raise ValueError(f"mask {list(mask.shape)} {mask.dtype}: want bool, broadcastable to {list(like.shape)}")
+
+
 def _per_sample(value: Scalar, like: Tensor) -> Scalar:
     if isinstance(value, Tensor) and value.ndim:
-        if value.shape != like.shape[:1]:
-            raise ValueError(f"per-sample scalar of shape {list(value.shape)} for tensors {list(like.shape)}")
         return value.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
     return value
 
@@ -37,12 +61,7 @@ def _upcast(x: Tensor) -> Tensor:
 def _inputs(
     x0_g: Tensor, z: Tensor, F_fake: Tensor, F_c: Tensor, F_u: Tensor | None, w: Scalar
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(x0_g, z, F_fake, F_real) upcast, F_real the guided teacher; ValueError for other shapes or a missing F_u."""
-    shapes = [list(x.shape) for x in (x0_g, z, F_fake, F_c, F_u) if x is not None]
-    if any(shape != shapes[0] for shape in shapes):
-        raise ValueError(f"shapes differ: {shapes}")
-    if F_u is None and (isinstance(w, Tensor) or w != 1):
-        raise ValueError(f"guidance w = {w} needs F_u; leave F_u out only with w = 1")
+    """(x0_g, z, F_fake, F_real) upcast, F_real the guided teacher."""
     F_real = _upcast(F_c)
     if F_u is not None:
         F_real = guide(_upcast(F_u), F_real, _per_sample(w, F_real))
@@ -66,6 +85,13 @@ def dmd_loss(
     bfloat16 rounding; loss = 0.5 mean((x0_g - sg(x0_g - grad))^2). Gradient to x0_g only. `mask`, boolean and
     broadcastable to x0_g, keeps elements in the mean. Raises ValueError for shapes that differ.
     """
+    _check(x0_g, z, F_fake, F_c, F_u, a, b, w)
+    if mask is not None:
+        _check_mask(mask, x0_g)
+    if backend(x0_g.device) == "triton":
+        from fastdmd_kernels._triton import dmd_loss as fused
+
+        return fused.dmd_loss(x0_g, z, F_fake, F_c, F_u, a, b, w, mask)
     x0, z, F_fake, F_real = _inputs(x0_g, z, F_fake, F_c, F_u, w)
     with torch.no_grad():
         a, b = _per_sample(a, z), _per_sample(b, z)
@@ -97,6 +123,11 @@ def sid_loss(
     mean((x0_real - x0_fake) ((x0_real - x0_g) - alpha (x0_real - x0_fake)) / sg(mean_per_sample|x0_g - x0_real|)).
     Nothing but the normaliser is detached: gradients flow to x0_g, z, F_fake, F_c and F_u.
     """
+    _check(x0_g, z, F_fake, F_c, F_u, a, b, w)
+    if backend(x0_g.device) == "triton":
+        from fastdmd_kernels._triton import sid_loss as fused
+
+        return fused.sid_loss(x0_g, z, F_fake, F_c, F_u, a, b, w, alpha)
     x0, z, F_fake, F_real = _inputs(x0_g, z, F_fake, F_c, F_u, w)
     a, b = _per_sample(a, z), _per_sample(b, z)
     p = a * z + b * F_real - x0

@@ -1,15 +1,37 @@
 """Token order over the post-patch grid (VSA, arXiv 2505.13389): cubes of t x h x w tokens, so that a block of
 64 consecutive tokens is a neighbourhood in space and time.
 
-T H W: the grid in tokens. L = T * H * W.
+T H W: the grid in tokens. L = T * H * W tokens in n tiles; a tile has `slots` places, its first n_valid are used.
 """
 
+import math
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 Grid = tuple[int, int, int]
+
+CUBE: Grid = (4, 4, 4)
+
+# attention lists name a key tile by one int32 word, (row_start << N_VALID_BITS) | n_valid
+N_VALID_BITS = 7
+
+
+def _check(grid: Grid, tile: Grid) -> None:
+    if len(grid) != 3 or len(tile) != 3 or min(*grid, *tile) < 1:
+        raise ValueError(f"grid {grid} and tile {tile} must be three positive numbers each")
+
+
+def _tile_of_raster(grid: Grid, tile: Grid) -> Tensor:
+    """The tile of each raster token, int64 [L]; tiles run t, h, w."""
+    axes = torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
+    index = torch.zeros(grid, dtype=torch.int64)
+    for axis, n, size in zip(axes, grid, tile, strict=True):
+        index = index * -(-n // size) + axis // size
+    return index.flatten()
 
 
 @lru_cache(maxsize=64)
@@ -19,17 +41,82 @@ def tile_order(grid: Grid, tile: Grid) -> Tensor:
     Tiles run t, h, w; inside a tile tokens run in raster order. Tiles cut by the grid's edge are smaller:
     the order is compact, nothing is padded. Computed once per grid and cached.
     """
-    if min(*grid, *tile) < 1:
-        raise ValueError(f"grid {grid} and tile {tile} must be positive")
-    axes = torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
-    key = torch.zeros(grid, dtype=torch.int64)
-    for axis, n, size in zip(axes, grid, tile, strict=True):
-        key = key * -(-n // size) + axis // size
+    _check(grid, tile)
     # stable: inside a tile the raster order stays
-    return torch.argsort(key.flatten(), stable=True)
+    return torch.argsort(_tile_of_raster(grid, tile), stable=True)
 
 
 @lru_cache(maxsize=64)
 def raster_order(grid: Grid, tile: Grid) -> Tensor:
     """The inverse of `tile_order`, int64 [L]: raster token i is token `inverse[i]` in tile order."""
     return torch.argsort(tile_order(grid, tile))
+
+
+class TileTensors(NamedTuple):
+    """A geometry on one device; tile i owns rows row_start[i] .. row_start[i] + n_valid[i] in tile order."""
+
+    row_start: Tensor  # int32 [n]
+    n_valid: Tensor  # int32 [n], 1..slots
+    tile_of_row: Tensor  # int64 [L]
+    order: Tensor  # int64 [L], tile_order
+    inverse: Tensor  # int64 [L], raster_order
+
+
+@lru_cache(maxsize=64)
+def _tensors(grid: Grid, tile: Grid, device: torch.device) -> TileTensors:
+    # a first call may come from inside inference_mode, whose tensors autograd could not save later
+    with torch.inference_mode(False):
+        order = tile_order(grid, tile)
+        tile_of_row = _tile_of_raster(grid, tile)[order]
+        n_valid = torch.bincount(tile_of_row)
+        row_start = n_valid.cumsum(0) - n_valid
+        host = (row_start.int(), n_valid.int(), tile_of_row, order, raster_order(grid, tile))
+        return TileTensors(*(x.to(device) for x in host))
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A grid (T, H, W) of tokens cut in cubes. Compact: the edge's tiles are smaller, nothing is padded.
+
+    A value: two of the same grid and tile are equal, and cheap to make. Its tensors are made once per device (`on`).
+    """
+
+    grid: Grid
+    tile: Grid = CUBE
+
+    def __post_init__(self) -> None:
+        _check(self.grid, self.tile)
+
+    @property
+    def L(self) -> int:
+        """Tokens."""
+        return math.prod(self.grid)
+
+    @property
+    def n(self) -> int:
+        """Tiles."""
+        (T, H, W), (t, h, w) = self.grid, self.tile
+        return -(-T // t) * -(-H // h) * -(-W // w)
+
+    @property
+    def slots(self) -> int:
+        """Places of a tile."""
+        return math.prod(self.tile)
+
+    def on(self, device: torch.device) -> TileTensors:
+        """The tensors of this geometry; the first call per device copies them there, later ones find them."""
+        return _tensors(self.grid, self.tile, device)
+
+    def to_tile_order(self, x: Tensor, dim: int) -> Tensor:
+        """Tokens of x along `dim` from raster to tile order: embeddings, RoPE tables, gates, masks alike."""
+        self._check_length(x, dim)
+        return x.index_select(dim, self.on(x.device).order)
+
+    def to_raster_order(self, x: Tensor, dim: int) -> Tensor:
+        """The inverse of `to_tile_order`."""
+        self._check_length(x, dim)
+        return x.index_select(dim, self.on(x.device).inverse)
+
+    def _check_length(self, x: Tensor, dim: int) -> None:
+        if x.shape[dim] != self.L:
+            raise ValueError(f"dimension {dim} of {list(x.shape)} is not the {self.L} tokens of grid {self.grid}")

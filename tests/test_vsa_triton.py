@@ -1,0 +1,357 @@
+"""The Triton kernels of video sparse attention against dense masked attention in float64.
+
+Without a GPU they run in triton's interpreter (tests/conftest.py), which proves arithmetic and indexing. Lists are
+built here, by sorting, and not by the kernel under test.
+"""
+
+import math
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdmd_kernels._triton import vsa, vsa_bwd, vsa_fwd
+from fastdmd_kernels._triton.config import config
+from fastdmd_kernels._triton.tokens import store_tile
+
+# in the rows of pad keys, which are not stored, probabilities have no bound
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered|invalid value encountered:RuntimeWarning")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ALIGNED, ALL_RAGGED = (8, 4, 8), (5, 6, 7)
+GRIDS = {"aligned": ALIGNED, "t": (5, 4, 8), "h": (4, 6, 8), "w": (4, 8, 5), "all": ALL_RAGGED, "one tile": (3, 2, 3)}
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """What a kernel leaves unwritten is NaN."""
+    empty = torch.empty
+
+    def poisoned(*size, **options):
+        x = empty(*size, **options)
+        return x.fill_(math.nan if x.is_floating_point() else -1)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(torch, "empty_like", lambda x: poisoned(x.shape, dtype=x.dtype, device=x.device))
+
+
+@pytest.fixture(params=["descriptors", "pointers"])
+def path(request, monkeypatch):
+    """Float32 has its own configuration, pointers and 16 rows a program: "descriptors" lends it that of 16 bits."""
+    for module in (vsa_fwd, vsa_bwd):
+        if request.param == "pointers":
+            monkeypatch.setattr(module, "can_describe", lambda x: False)
+        elif DEVICE == "cpu":
+            monkeypatch.setattr(module, "config", lambda op, target, dtype, K: config(op, target, "fp16", K))
+
+
+def tiles_of(grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """(row_start, n_valid) of cubes of 4 x 4 x 4."""
+    counts = torch.ones(1, dtype=torch.int32)
+    for n in grid:
+        sizes = torch.tensor([min(4, n - i) for i in range(0, n, 4)], dtype=torch.int32)
+        counts = (counts[:, None] * sizes).flatten()
+    return from_counts(counts.tolist())
+
+
+def from_counts(counts: list[int]) -> tuple[Tensor, Tensor]:
+    n_valid = torch.tensor(counts, dtype=torch.int32, device=DEVICE)
+    return (n_valid.cumsum(0) - n_valid).to(torch.int32), n_valid
+
+
+def pooled(x: Tensor, tiles) -> Tensor:
+    """Means in float64, [B, N, n, K]."""
+    return torch.stack([x.double()[:, r : r + n].mean(1) for r, n in rows_of(tiles)], 2)
+
+
+def rows_of(tiles) -> list[tuple[int, int]]:
+    return list(zip(tiles[0].tolist(), tiles[1].tolist(), strict=True))
+
+
+def best(scores: Tensor, topk: int) -> Tensor:
+    """Indices of the topk largest, ascending; equal ones from the lowest."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :topk].sort(-1).values
+
+
+def pack(index: Tensor, tiles) -> Tensor:
+    return ((tiles[0][index] << 7) | tiles[1][index]).to(torch.int32)
+
+
+def allowed(index: Tensor, tiles_q, tiles_k) -> Tensor:
+    """[B, N, Lq, Lk]: the tokens that `index` [B, N, nq, topk] lets see each other."""
+    chosen = torch.zeros(*index.shape[:3], len(tiles_k[0]), dtype=torch.bool, device=DEVICE).scatter_(3, index, True)
+    tile_q = torch.repeat_interleave(torch.arange(len(tiles_q[0]), device=DEVICE), tiles_q[1])
+    tile_k = torch.repeat_interleave(torch.arange(len(tiles_k[0]), device=DEVICE), tiles_k[1])
+    return chosen[:, :, tile_q][..., tile_k]
+
+
+def dense(q, k, v, dout, mask, dtype) -> list[Tensor]:
+    """[out, dq, dk, dv] of masked attention in `dtype`, rows without keys zero.
+
+    Probabilities are exp(s - lse), as in every attention that saves one number a row for its backward: lse is rounded
+    at the size of the scores, so at input scale 4 dv is 2.5 times as far off as with a softmax.
+    """
+    q, k, v = (x.detach().to(dtype).requires_grad_() for x in (q, k, v))
+    s = torch.einsum("blnk,bmnk->bnlm", q, k) * q.shape[-1] ** -0.5
+    s = s.masked_fill(~mask, -1e4)
+    p = (s - s.logsumexp(-1, keepdim=True)).exp()
+    out = torch.einsum("bnlm,bmnk->blnk", p.masked_fill(~mask, 0), v)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout.to(dtype))]
+
+
+def sparse(q, k, v, dout, lists, tiles_q, tiles_k) -> list[Tensor]:
+    out, lse = vsa.fine_fwd(q, k, v, lists, *tiles_q)
+    return [out, *vsa.fine_bwd(dout, q, k, v, out, lse, lists, *tiles_q, *tiles_k)]
+
+
+def error(x: Tensor, exact: Tensor) -> float:
+    assert x.isfinite().all()
+    return ((x.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+
+
+def random(*shape: int, dtype=torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(DEVICE, dtype)
+
+
+def check(q, k, v, index, tiles_q, tiles_k) -> list[Tensor]:
+    """Error at most twice that of the same composition in PyTorch and the same dtype, for values and gradients."""
+    dout = random(*q.shape, dtype=q.dtype, seed=3)
+    mask = allowed(index, tiles_q, tiles_k)
+    exact = dense(q, k, v, dout, mask, torch.float64)
+    torch_errors = [error(x, e) for x, e in zip(dense(q, k, v, dout, mask, q.dtype), exact, strict=True)]
+    result = sparse(q, k, v, dout, pack(index, tiles_k), tiles_q, tiles_k)
+    for name, x, e, torch_error in zip(("out", "dq", "dk", "dv"), result, exact, torch_errors, strict=True):
+        assert x.dtype == q.dtype
+        assert error(x, e) <= 2 * torch_error + 1e-9, f"{name}: {error(x, e):.2e}, torch {torch_error:.2e}"
+    return result
+
+
+def tokens(grid, B=1, N=1, K=16, dtype=torch.float32, scale=1.0) -> list[Tensor]:
+    return [random(B, math.prod(grid), N, K, dtype=dtype, seed=i, scale=scale) for i in range(3)]
+
+
+def index_of(q, k, tiles_q, tiles_k, topk: int) -> Tensor:
+    return best(pooled(q, tiles_q) @ pooled(k, tiles_k).mT, topk)
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_grids(grid, path):
+    q, k, v = tokens(grid)
+    tiles = tiles_of(grid)
+    check(q, k, v, index_of(q, k, tiles, tiles, min(2, len(tiles[0]))), tiles, tiles)
+
+
+@pytest.mark.parametrize("K", [16, 32, 64, 128])
+def test_head_dims(K, path):
+    q, k, v = tokens((4, 4, 7), K=K)
+    tiles = tiles_of((4, 4, 7))
+    check(q, k, v, index_of(q, k, tiles, tiles, 1), tiles, tiles)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0, 16.0])
+def test_input_scales(scale):
+    """At 16, keys scaled before they are rounded lose the output altogether."""
+    q, k, v = tokens(ALL_RAGGED, scale=scale)
+    tiles = tiles_of(ALL_RAGGED)
+    check(q, k, v, index_of(q, k, tiles, tiles, 3), tiles, tiles)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_float16(scale, path):
+    q, k, v = tokens(ALL_RAGGED, dtype=torch.float16, scale=scale)
+    tiles = tiles_of(ALL_RAGGED)
+    check(q, k, v, index_of(q, k, tiles, tiles, 3), tiles, tiles)
+
+
+def test_batch_heads_and_strides(path):
+    """Slices of a fused projection, batch 3, two heads: a sample must not read or write its neighbour."""
+    tiles = tiles_of((5, 4, 5))
+    q, k, v = random(3, 100, 3, 2, 16).unbind(2)
+    assert not q.is_contiguous()
+    check(q, k, v, index_of(q, k, tiles, tiles, 2), tiles, tiles)
+
+
+def test_unaligned_strides_take_the_pointers():
+    tiles = tiles_of((4, 4, 5))
+    q, k, v = (random(1, 80, 1, 17, seed=i)[..., :16] for i in range(3))
+    check(q, k, v, index_of(q, k, tiles, tiles, 1), tiles, tiles)
+
+
+@pytest.mark.parametrize(("grid_q", "grid_k"), [(ALL_RAGGED, (4, 4, 5)), ((4, 4, 5), ALL_RAGGED)])
+def test_lengths_that_differ(grid_q, grid_k, path):
+    q = tokens(grid_q)[0]
+    _, k, v = tokens(grid_k)
+    tiles_q, tiles_k = tiles_of(grid_q), tiles_of(grid_k)
+    check(q, k, v, index_of(q, k, tiles_q, tiles_k, 2), tiles_q, tiles_k)
+
+
+def test_all_tiles_is_dense_attention():
+    tiles = tiles_of(ALL_RAGGED)
+    q, k, v = (x.requires_grad_() for x in tokens(ALL_RAGGED, N=2))
+    dout = random(*q.shape, seed=3)
+    lists = vsa.select(*(vsa.pool(x.detach(), *tiles) for x in (q, k)), *tiles, 8)
+    ours = sparse(*(x.detach() for x in (q, k, v)), dout, lists, tiles, tiles)
+    out = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    for x, y in zip(ours, [out, *torch.autograd.grad(out, (q, k, v), dout)], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_key_tile_nobody_chose(path):
+    tiles = tiles_of(ALL_RAGGED)
+    q, k, v = tokens(ALL_RAGGED)
+    index = torch.tensor([0, 2, 7], device=DEVICE).expand(1, 1, 8, 3)
+    _, _, dk, dv = check(q, k, v, index, tiles, tiles)
+    for tile, (row, n) in enumerate(rows_of(tiles)):
+        for x in (dk, dv):
+            assert (x[:, row : row + n] == 0).all() == (tile not in (0, 2, 7))
+
+
+def test_tiles_without_rows(path):
+    """First, between and last; for a query tile one of several keys, and for another its only one."""
+    tiles_q, tiles_k = from_counts([64, 30, 0, 7]), from_counts([0, 64, 0, 20, 0])
+    q = random(1, 101, 1, 16)
+    k, v = (random(1, 84, 1, 16, seed=i) for i in (1, 2))
+    index = torch.tensor([[0, 1], [2, 4], [0, 3], [3, 4]], device=DEVICE)[None, None]
+    out, dq, *_ = check(q, k, v, index, tiles_q, tiles_k)
+    assert (out[:, 64:94] == 0).all()
+    assert (dq[:, 64:94] == 0).all()
+
+
+def test_lse_is_base_2_with_a_sentinel_in_pad_slots(path):
+    tiles = tiles_of(ALL_RAGGED)
+    q, k, v = tokens(ALL_RAGGED)
+    index = index_of(q, k, tiles, tiles, 2)
+    _, lse = vsa.fine_fwd(q, k, v, pack(index, tiles), *tiles)
+    s = torch.einsum("blnk,bmnk->bnlm", q.double(), k.double()) / 4
+    exact = s.masked_fill(~allowed(index, tiles, tiles), -math.inf).logsumexp(-1) / math.log(2)
+    for tile, (row, n) in enumerate(rows_of(tiles)):
+        torch.testing.assert_close(lse[:, :, tile, :n].double(), exact[:, :, row : row + n], rtol=1e-6, atol=1e-6)
+        assert (lse[:, :, tile, n:] == 1e30).all()
+
+
+def test_two_runs_agree_bit_for_bit():
+    tiles = tiles_of(ALL_RAGGED)
+    q, k, v = tokens(ALL_RAGGED)
+    dout = random(*q.shape, seed=3)
+
+    def run() -> list[Tensor]:
+        lists = vsa.select(vsa.pool(q, *tiles), vsa.pool(k, *tiles), *tiles, 3)
+        return [lists, *vsa.invert(lists, tiles[0], 8), *sparse(q, k, v, dout, lists, tiles, tiles)]
+
+    assert all(torch.equal(x, y) for x, y in zip(run(), run(), strict=True))
+
+
+def test_an_expanded_gradient():
+    """As `out.sum().backward()` gives it: all strides 0."""
+    tiles = tiles_of((4, 4, 5))
+    q, k, v = tokens((4, 4, 5))
+    lists = pack(index_of(q, k, tiles, tiles, 1), tiles)
+    one = torch.ones((), device=DEVICE).expand(q.shape)
+    for x, y in zip(
+        sparse(q, k, v, one, lists, tiles, tiles), sparse(q, k, v, one.contiguous(), lists, tiles, tiles), strict=True
+    ):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("grid", [ALIGNED, ALL_RAGGED])
+def test_pool(grid):
+    tiles = tiles_of(grid)
+    x = random(2, math.prod(grid), 3, 2, 16)[:, :, 1]
+    assert error(vsa.pool(x, *tiles), pooled(x, tiles)) < 3e-7
+    assert (vsa.pool(x[:, :0], *from_counts([0, 0])) == 0).all()
+
+
+@pytest.mark.parametrize(("nq", "nk"), [(5, 1), (18, 33), (3, 100)])
+def test_select(nq, nk):
+    q_c, k_c = random(2, 2, nq, 16), random(2, 2, nk, 16, seed=1)
+    tiles = from_counts([1 + i % 64 for i in range(nk)])
+    scores = q_c.double() @ k_c.double().mT
+    for topk in sorted({1, min(7, nk), nk}):
+        assert torch.equal(vsa.select(q_c, k_c, *tiles, topk), pack(best(scores, topk), tiles))
+
+
+def test_select_ties_go_to_the_lowest_tile():
+    tiles = from_counts([64] * 40)
+    zero = torch.zeros(1, 1, 3, 16, device=DEVICE)
+    keys = random(1, 1, 40, 16)  # scores 0 and -0
+    lowest = torch.arange(6, device=DEVICE).expand(1, 1, 3, 6)
+    assert torch.equal(vsa.select(zero, keys, *tiles, 6), pack(lowest, tiles))
+    ones = torch.ones(1, 1, 3, 16, device=DEVICE)
+    levels = torch.tensor([-1.0, 2.0, -3.0, 2.0, 5.0], device=DEVICE).repeat(8)
+    levels = levels[:, None].expand(1, 1, 40, 16)
+    for topk in (5, 8, 11, 25, 39):
+        exact = best(ones @ levels.mT, topk)
+        assert torch.equal(vsa.select(ones, levels, *tiles, topk), pack(exact, tiles))
+
+
+@pytest.mark.parametrize(("nq", "nk", "topk"), [(1, 1, 1), (3, 9, 4), (70, 5, 2), (40, 150, 140)])
+def test_invert(nq, nk, topk):
+    """More than 32 query tiles, and lists longer than a block."""
+    tiles = from_counts([1 + i % 64 for i in range(nk)])
+    index = best(random(2, 2, nq, nk), topk)
+    offsets, entries = (x.cpu() for x in vsa.invert(pack(index, tiles), tiles[0], nq))
+    for b in range(2):
+        for h in range(2):
+            for tile in range(nk):
+                first, end = offsets[b, h, tile : tile + 2].tolist()
+                chose = (index[b, h] == tile).any(-1).nonzero().flatten()
+                assert entries[b, h, first:end].tolist() == chose.tolist()
+    assert (offsets[..., -1] == nq * topk).all()
+
+
+def test_inputs_that_no_kernel_reads():
+    tiles = tiles_of((4, 4, 4))
+    q, k, v = tokens((4, 4, 4))
+    lists = pack(torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=DEVICE), tiles)
+    with pytest.raises(ValueError, match=r"q: shape \[1, 64, 1, 16\], strides \[1024, 16, 16, 2\]"):
+        vsa.fine_fwd(random(1, 64, 1, 32)[..., ::2].as_strided(q.shape, (1024, 16, 16, 2)), k, v, lists, *tiles)
+    with pytest.raises(ValueError, match=r"k \[1, 64, 1, 16\] torch.float16"):
+        vsa.fine_fwd(q, k.half(), v, lists, *tiles)
+    with pytest.raises(ValueError, match="topk = 2 of 1 tiles"):
+        vsa.select(vsa.pool(q, *tiles), vsa.pool(k, *tiles), *tiles, 2)
+
+
+@triton.jit
+def _store_far(x_ptr, b, h, row, L, N):
+    b, h, row = (tl.load(p) for p in (b, h, row))
+    store_tile(x_ptr, tl.full([64, 16], 3.0, tl.float16), b, h, row, 1, L, N, 64, 16)
+
+
+class TestFarAddresses:
+    """Past 2^31 elements, where a 32-bit offset wraps. The memory is reserved and not touched."""
+
+    SIZE = 2**31 + 2**20
+
+    @pytest.fixture
+    def memory(self, monkeypatch):
+        monkeypatch.undo()  # no NaN into 4 GB
+        return torch.empty(self.SIZE, dtype=torch.float16, device=DEVICE)
+
+    @pytest.mark.parametrize(
+        ("shape", "strides"),
+        [
+            ((1, 4, 2, 16), (64, 16, 2**31, 1)),
+            ((2, 4, 1, 16), (2**31, 16, 16, 1)),
+            ((1, 65, 1, 16), (16, 2**25, 16, 1)),
+        ],
+        ids=["heads", "batch", "rows"],
+    )
+    def test_reads(self, memory, shape, strides, monkeypatch):
+        x = memory.as_strided(shape, strides)
+        x.copy_(random(*shape))
+        tiles = from_counts([1, shape[1] - 1] if shape[1] <= 64 else [1, 63, 1])
+        assert error(vsa.pool(x, *tiles), pooled(x, tiles)) < 1e-6
+        lists = pack(torch.zeros(*shape[:1], shape[2], len(tiles[0]), 1, dtype=torch.int64, device=DEVICE) + 1, tiles)
+        for can in (lambda x: True, lambda x: False):
+            monkeypatch.setattr(vsa_fwd, "can_describe", can)
+            near, far = (vsa.fine_fwd(y, y, y, lists, *tiles)[0] for y in (x.contiguous(), x))
+            assert torch.equal(near, far)
+
+    def test_writes(self, memory):
+        """Row 2^17 of sample 1 of [2, 2^17 + 1, 512, 16]."""
+        at = [torch.tensor([i], dtype=torch.int32, device=DEVICE) for i in (1, 0, 0)]
+        L = 2**17 + 4
+        _store_far[(1,)](memory, *at, L, 1024)
+        assert (memory[L * 1024 * 16 :][:16] == 3).all()
