@@ -3,13 +3,37 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet
 
-.PHONY: demo test lint
+.PHONY: aot bench demo gpu lint test
 
 demo: .venv/.run  ## distil the tiny Wan teacher to 3 steps: table, runs/tiny_dmd/report.html
 	$(BIN)/fastdmd train configs/tiny_dmd.toml
 
 test: .venv/.dev lint  ## everything that runs without a GPU
 	$(BIN)/python -m pytest -n 2
+
+# `make gpu PY=python3` takes a python that has torch, triton, pytest and pytest-benchmark already, and sets up nothing
+PY ?= $(BIN)/python
+HERE := PYTHONPATH=.:kernels $(PY)
+BENCH := $(HERE) -m pytest bench/kernels.py --benchmark-quiet
+
+bench: .venv/.dev  ## on this CPU: the torch backends beside their references, bench/results/<cpu>.jsonl
+	$(BENCH) --plan cpu
+	$(HERE) -m bench.report
+
+gpu: $(if $(filter $(BIN)/%,$(PY)),.venv/.dev)  ## on this GPU: correctness, then all benchmarks; build/gpu, bench/results
+	@mkdir -p build/gpu
+	@$(HERE) -m pytest --noconftest -m gpu tests/test_gpu.py > build/gpu/tests.log 2>&1; tests=$$?; \
+	tail -n 40 build/gpu/tests.log; \
+	$(BENCH) --plan gpu --minutes 4.5 --results build/gpu --results bench/results > build/gpu/bench.log 2>&1; bench=$$?; \
+	tail -n 40 build/gpu/bench.log; \
+	$(HERE) -m bench.report build/gpu/*.jsonl > build/gpu/report.txt; cat build/gpu/report.txt; \
+	exit $$((tests + bench))
+
+aot: .venv/.dev  ## every kernel to machine code for six GPU targets, its checks, and the table
+	$(BIN)/cmake -S . -B build -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython3_EXECUTABLE=$(abspath $(BIN)/python)
+	$(BIN)/cmake --build build
+	$(BIN)/ctest --test-dir build --output-on-failure
+	$(BIN)/python -m fastdmd_kernels.aot --out build/aot --check
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
