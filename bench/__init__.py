@@ -1,0 +1,1 @@
+"""Microbenchmarks of the kernels: `make bench` on a CPU, `make gpu` on a GPU. LOG.md: what was predicted and found."""

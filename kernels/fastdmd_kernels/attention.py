@@ -1,0 +1,256 @@
+"""Dense attention: the fastest implementation that this machine has, behind one signature.
+
+B batch, Lq queries, Lk keys, N heads, K head dim. Not causal, scale 1 / sqrt(K).
+
+On CPU and MPS it is PyTorch's own. On a GPU the candidates are tried once per (device, dtype, K) on random inputs,
+forward and backward: those that fail or are wrong are put aside with the reason, the fastest of the rest is remembered.
+That happens at the first eager call, or in `prepare`, which has to come before torch.compile or a CUDA graph's capture
+sees the op. Where ranks must agree to the bit, let one choose: `prepare(device, dtype, K, name=what_rank_0_chose)`.
+`use(name)` pins one for tests and benchmarks.
+"""
+
+import importlib
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Implementation = Callable[[Tensor, Tensor, Tensor], Tensor]
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # q, k, v, dout
+
+# what libraries raise where they cannot run: not installed, no such GPU, dtype or head dim, no memory
+REFUSALS = (ImportError, OSError, RuntimeError, ValueError, TypeError, AssertionError)
+
+PROBE = (2, 4096, 4096, 8)  # B, Lq, Lk, N of the timing: about 1 ms forward and backward on a large GPU
+SAMPLE = (2, 200, 77, 2)  # of the check of values and gradients; the same B, so that flex compiles once
+NEAR = 1.05  # times this near are noise: the first in the order below wins, on every rank the same
+
+# --------------------------------------------------------------------------------------------------- implementations
+
+
+def _sdpa(backend: SDPBackend) -> Implementation:
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return _sdpa_default(q, k, v)
+
+    return run
+
+
+def _sdpa_default(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return nnf.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return importlib.import_module("xformers.ops").memory_efficient_attention(q, k, v)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # imported here: it brings the compiler's front end along
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # uncompiled it is a dense attention in memory; inside a compiled function it is compiled with the rest
+    run = flex_attention if torch.compiler.is_compiling() else torch.compile(flex_attention, dynamic=True)
+    out = run(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    assert isinstance(out, Tensor)
+    return out.transpose(1, 2)
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "sdpa": _sdpa_default,  # PyTorch's own choice
+    "cudnn": _sdpa(SDPBackend.CUDNN_ATTENTION),
+    "flash": _sdpa(SDPBackend.FLASH_ATTENTION),
+    "efficient": _sdpa(SDPBackend.EFFICIENT_ATTENTION),
+    "xformers": _xformers,
+    "flex": _flex,
+    "math": _sdpa(SDPBackend.MATH),  # takes memory for all scores
+}
+CANDIDATES = ("cudnn", "flash", "efficient", "xformers", "flex", "math")  # on a GPU, in order of preference
+
+
+# ------------------------------------------------------------------------------------------------------- the choice
+
+
+@dataclass(frozen=True)
+class Choice:
+    name: str
+    seconds: Mapping[str, float] = field(default_factory=dict)  # forward and backward of PROBE, of those that are right
+    refused: Mapping[str, str] = field(default_factory=dict)  # name -> why not
+
+    def __str__(self) -> str:
+        if not self.seconds:
+            return f"{self.name} (pinned)"
+        times = [f"{name} {1e3 * s:.2f} ms" for name, s in sorted(self.seconds.items(), key=lambda item: item[1])]
+        return "; ".join([self.name, *times, *(f"no {name}: {why}" for name, why in self.refused.items())])
+
+
+# plain globals, which torch.compile guards on: a choice made later is seen by compiled code
+_choices: dict[tuple[torch.device, torch.dtype, int], Choice] = {}
+_forced: str | None = None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v, [B, Lq, N, K]; q [B, Lq, N, K], k, v [B, Lk, N, K], any strides. Gradients to all.
+
+    ValueError, with the shapes, for others. RuntimeError where nothing on this GPU can do it, or where the choice would
+    have to be made inside a compiled function or a captured graph.
+    """
+    _check(q, k, v)
+    run = IMPLEMENTATIONS[_name(q.device, q.dtype, q.shape[-1])]
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    return run(q, k, v)
+
+
+def prepare(device: torch.device, dtype: torch.dtype, K: int, name: str | None = None) -> str:
+    """Choose now what `attention` will use for this device, dtype and head dim: by trial, or `name`. -> its name.
+
+    A choice once made stays; another `name` replaces it. On CPU and MPS there is nothing to choose.
+    """
+    if name is not None:
+        _known(name)
+    if device.type != "cuda":
+        return _forced or "sdpa"
+    key = (torch.device("cuda", torch.cuda.current_device()) if device.index is None else device, dtype, K)
+    if name is not None:
+        _choices[key] = Choice(name)
+    elif key not in _choices:
+        _choices[key] = _probe(*key)
+    return _choices[key].name
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Run all dense attention of the process with one implementation; what was before is restored."""
+    global _forced
+    _known(name)
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def describe(device: torch.device) -> dict[str, str]:
+    """For `doctor`: what is chosen, how long each took, and why others were not."""
+    if _forced:
+        return {"attention": f"{_forced} (forced)"}
+    if device.type != "cuda":
+        return {"attention": f"sdpa ({device.type})"}
+    chosen = {
+        f"attention {str(dtype).removeprefix('torch.')} {K}": str(choice)
+        for (of, dtype, K), choice in _choices.items()
+        if device.index in (None, of.index)
+    }
+    return chosen or {"attention": "chosen at the first call"}
+
+
+def _name(device: torch.device, dtype: torch.dtype, K: int) -> str:
+    if _forced is not None:
+        return _forced
+    if device.type != "cuda":
+        return "sdpa"
+    if (device, dtype, K) not in _choices:
+        if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("call fastdmd_kernels.attention.prepare(device, dtype, K) before compiling or capturing")
+        prepare(device, dtype, K)
+    return _choices[device, dtype, K].name
+
+
+def _known(name: str) -> None:
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"no attention {name!r}: {', '.join(IMPLEMENTATIONS)}")
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if q.ndim != 4 or k.ndim != 4 or v.shape != k.shape or k.shape[0] != q.shape[0] or k.shape[2:] != q.shape[2:]:
+        raise ValueError(f"{shapes}: needed are q [B, Lq, N, K], k and v [B, Lk, N, K]")
+    if q.numel() == 0 or k.numel() == 0:
+        raise ValueError(f"{shapes}: nothing to attend to")
+    if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
+        raise ValueError(f"{shapes}: dtypes {[q.dtype, k.dtype, v.dtype]} are not one floating-point dtype")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"{shapes}: on different devices {[str(x.device) for x in (q, k, v)]}")
+
+
+# -------------------------------------------------------------------------------------------------------- the probe
+
+
+def _probe(device: torch.device, dtype: torch.dtype, K: int) -> Choice:
+    """The first of CANDIDATES that is right and, but for noise, fastest. RuntimeError, with all reasons, if none is."""
+    seconds: dict[str, float] = {}
+    refused: dict[str, str] = {}
+    # the first call may come from under no_grad, inference_mode or autocast
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        for name in CANDIDATES:
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                try:
+                    _check_values(IMPLEMENTATIONS[name], device, dtype, K)
+                    seconds[name] = _seconds(IMPLEMENTATIONS[name], _random(PROBE, device, dtype, K))
+                except REFUSALS as e:
+                    reasons = [str(e) or type(e).__name__, *(str(warning.message) for warning in said)]
+                    refused[name] = "; ".join(reason.splitlines()[0] for reason in reasons)
+    if not seconds:
+        raise RuntimeError(f"no attention for {dtype}, head dim {K} on {device}: {refused}")
+    fastest = min(seconds.values())
+    return Choice(next(name for name, s in seconds.items() if s <= NEAR * fastest), seconds, refused)
+
+
+def _random(sizes: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype, K: int) -> Inputs:
+    """Of a generator of its own, so that a run draws the same numbers with and without a probe."""
+    B, Lq, Lk, N = sizes
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v, dout = (torch.randn(B, L, N, K, device=device, dtype=dtype, generator=generator) for L in (Lq, Lk, Lk, Lq))
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout
+
+
+def _values(run: Implementation, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
+    """[out, dq, dk, dv]"""
+    out = run(q, k, v)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.einsum("blnk,bmnk->bnlm", q, k) * q.shape[-1] ** -0.5
+    return torch.einsum("bnlm,bmnk->blnk", torch.softmax(scores, dim=-1), v)
+
+
+def _check_values(run: Implementation, device: torch.device, dtype: torch.dtype, K: int) -> None:
+    """RuntimeError if values or gradients are off by more than 4 times the rounding of the plain composition."""
+    given = _random(SAMPLE, device, dtype, K)
+    q, k, v, dout = (x.detach().double() for x in given)
+    exact = _values(_plain, q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout)
+    results = zip(("out", "dq", "dk", "dv"), exact, _values(_plain, *given), _values(run, *given), strict=True)
+    for name, true, plain, ours in results:
+        error, limit = _error(ours, true), 4 * _error(plain, true) + 1e-12
+        if not error <= limit:
+            raise RuntimeError(f"wrong {name}: relative error {error:.1e}, of the plain composition {limit / 4:.1e}")
+
+
+def _error(x: Tensor, exact: Tensor) -> float:
+    return ((x.double() - exact).norm() / exact.norm()).item()
+
+
+def _seconds(run: Implementation, inputs: Inputs, calls: int = 10, rounds: int = 5) -> float:
+    """Median seconds of a forward and backward. Several calls are queued at once, so that the host is not measured."""
+    device = inputs[0].device
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    times = []
+    for _ in range(1 + rounds):  # the first warms up
+        start = now()
+        for _ in range(calls):
+            _values(run, *inputs)
+        times.append((now() - start) / calls)
+    return statistics.median(times[1:])
