@@ -104,6 +104,20 @@ def export(
 
 
 @app.command()
+def warm(
+    config: Annotated[Path, typer.Argument(help="The TOML file of a run that will start later.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, values in TOML syntax.")] = None,
+    target: Annotated[str | None, typer.Option(help="sm_90, sm_100, gfx942, ..; absent: this machine's GPU.")] = None,
+) -> None:
+    """Compile the kernels that CONFIG's run needs into triton's cache: its first step then compiles nothing."""
+    from fastdmd import config as configs
+    from fastdmd.warm import warm as compile_kernels
+
+    with user_errors():
+        print(compile_kernels(configs.load(config, overrides or ()), target))
+
+
+@app.command()
 def doctor() -> None:
     """Show versions, the device, and which backend each op will use."""
     from fastdmd.doctor import report

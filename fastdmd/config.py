@@ -13,7 +13,7 @@ from fastdmd.log import Config as LogConfig
 from fastdmd.methods import METHODS
 from fastdmd.methods.score_distillation import CriticConfig
 from fastdmd.models import folder
-from fastdmd.models.wan import WanConfig
+from fastdmd.models.wan import VSAConfig, WanConfig
 from fastdmd.optim import Config as OptimConfig
 from fastdmd.optim import EMAConfig
 from fastdmd.precision import Config as PrecisionConfig
@@ -21,6 +21,7 @@ from fastdmd.precision import present
 from fastdmd.rollout import Config as RolloutConfig
 from fastdmd.toml import ConfigError
 from fastdmd.validate import Config as ValidationConfig
+from fastdmd_kernels.tiles import Grid
 
 __all__ = ["Config", "ConfigError", "dump", "load"]
 
@@ -59,10 +60,20 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Self-attention of each role."""
+
+    student: Literal["dense", "vsa"] = "dense"
+    teacher: Literal["dense", "vsa"] = "dense"
+    critic: Literal["dense", "vsa"] = "dense"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     family: Literal["wan2.1"]
     path: str | None = None  # a diffusers folder with transformer/
     architecture: WanConfig | None = None  # in place of a path: random weights, method flow
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
 
     def problems(self) -> Problems:
         for name, value in vars(self.architecture).items() if self.architecture else ():
@@ -101,6 +112,7 @@ class Config:
     data: DataConfig
     optim: OptimTables = field(default_factory=dict)
     teacher: TeacherConfig | None = None
+    vsa: VSAConfig | None = None
     critic: CriticConfig | None = None  # here and below: filled in when the method uses it
     rollout: RolloutConfig | None = None
     ema: EMAConfig | None = None
@@ -117,6 +129,10 @@ class Config:
         if role == "critic" and self.critic and self.critic.path:
             return "critic.path", self.critic.path
         return "model.path", self.model.path
+
+    def role_tile(self, role: str) -> Grid | None:
+        """The tile of a role's sparse attention; None when it is dense."""
+        return self.vsa.tile if self.vsa and getattr(self.model.attention, role) == "vsa" else None
 
     def role_path(self, role: str) -> str | None:
         return self.role_source(role)[1]
@@ -219,6 +235,18 @@ def _architectures(config: Config) -> Iterator[tuple[str, WanConfig]]:
             yield key, folder.read_config(Path(path or ""))
 
 
+def _check_attention(config: Config) -> Problems:
+    roles = METHODS[config.method.name].roles
+    sparse = [role for role, kind in vars(config.model.attention).items() if kind == "vsa"]
+    for role in sparse:
+        if role not in roles:
+            yield f"model.attention.{role}", f"method '{config.method.name}' has no {role}; remove the key"
+        elif config.vsa is None:
+            yield f"model.attention.{role}", "'vsa' needs the table [vsa] with a sparsity, e.g. vsa.sparsity = 0.8"
+    if config.vsa is not None and not sparse:
+        yield "vsa", "no role uses it; set model.attention.student = 'vsa' too, or remove the table"
+
+
 def _check_frames(config: Config) -> Problems:
     rollout, data, frames = config.rollout or RolloutConfig(), config.data, config.data.latent_frames()
     block, kept = rollout.frames_per_block, rollout.grad_frames
@@ -245,6 +273,7 @@ CHECKS: dict[Callable[[Config], Problems], set[str]] = {  # by the tables that e
     _check_optim: {"method", "optim"},
     _check_weights: {"method", "model", "teacher", "critic"},
     _check_data: {"method", "model", "teacher", "critic", "rollout", "data"},
+    _check_attention: {"method", "model", "vsa"},
     _check_frames: {"data", "rollout"},
     _check_prompts: {"data", "validation"},
 }

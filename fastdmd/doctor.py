@@ -6,9 +6,9 @@ from importlib import metadata
 import torch
 
 from fastdmd.precision import pick_device
+from fastdmd_kernels import attention, dispatch
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "safetensors", "tensorboard", "wandb")
-OPS = {"attention": "torch (scaled_dot_product_attention)", "dmd_loss": "torch", "sid_loss": "torch"}
 
 
 def version(package: str) -> str:
@@ -24,5 +24,6 @@ def report() -> str:
     lines = [f"python        {platform.python_version()}"]
     lines += [f"{package:13} {version(package)}" for package in PACKAGES]
     lines += [f"device        {device} ({name}), {torch.get_num_threads()} threads"]
-    lines += [f"{op:13} {backend}" for op, backend in OPS.items()]
+    ops = dispatch.describe(device) | attention.describe(device)
+    lines += [f"{op:13} {backend}" for op, backend in ops.items()]
     return "\n".join(lines)

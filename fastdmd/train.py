@@ -29,6 +29,7 @@ from fastdmd.optim import EMA, Optimizer
 from fastdmd.precision import pick_device
 from fastdmd.rng import Rng
 from fastdmd.schedule import FlowSchedule
+from fastdmd_kernels.attention import prepare
 
 
 class Diverged(RuntimeError):
@@ -75,21 +76,31 @@ def build(config: Config) -> Run:
         if how == "train":
             net.checkpointing = config.memory.checkpointing == "full"
             optimizers[role] = Optimizer(net, config.optim[role], config.run.max_steps, masters)
+        prepare(device, dtype, net.config.attention_head_dim)
         nets[role] = Denoiser(net.requires_grad_(False), schedule)
     ema = EMA(optimizers["student"].masters, config.ema) if config.ema else None
     world = make_world(config.data, config.model.path, device, dtype)
-    return Run(config, device, world, method, schedule, nets, optimizers, ema)
+    run = Run(config, device, world, method, schedule, nets, optimizers, ema)
+    set_sparsity(run)
+    return run
 
 
 def make_net(config: Config, role: str, device: torch.device) -> Wan:
     """A role's network in float32: the weights of its folder, or random ones drawn from the run's seed."""
-    path = config.role_path(role)
+    path, tile = config.role_path(role), config.role_tile(role)
     if path is not None:
-        return folder.load(path, device)
+        return folder.load(path, device, tile)
     assert config.model.architecture is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
-        return Wan(config.model.architecture).start_from_scratch().to(device)
+        return Wan(config.model.architecture, tile).start_from_scratch().to(device)
+
+
+def set_sparsity(run: Run) -> None:
+    """Sparse attention at the sparsity of the step to come."""
+    for role, denoiser in run.nets.items():
+        if run.config.vsa and run.config.role_tile(role):
+            denoiser.net.sparsity = run.config.vsa.sparsity_at(run.step)
 
 
 def train(config: Config) -> Run:
@@ -155,6 +166,7 @@ def take_step(run: Run) -> dict[str, float]:
         run.optimizers[phase].step(run.step)
         values |= {f"train/{name}": value for name, value in read.items()}
     run.step += 1
+    set_sparsity(run)
     if run.ema and "student" in phases:
         run.ema.update(run.step)
     return values
@@ -218,6 +230,7 @@ def restore(run: Run) -> None:
     if run.ema:
         run.ema.load(tensors["ema"], manifest["ema_updates"])
     run.step, run.seconds, run.recent = manifest["step"], manifest["seconds"], manifest["recent"]
+    set_sparsity(run)
 
 
 def shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:

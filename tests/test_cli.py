@@ -14,11 +14,11 @@ import torch
 from tiny import FLOW
 from typer.testing import CliRunner
 
-import fastdmd_kernels
 from fastdmd.checkpoint import locked
 from fastdmd.cli import app
+from fastdmd_kernels import attention, dispatch
 
-COMMANDS = ("train", "sample", "eval", "export", "doctor")
+COMMANDS = ("train", "sample", "eval", "export", "warm", "doctor")
 HELP = [sys.executable, "-c", "from fastdmd.cli import main; main()", "--help"]
 TINY = (
     FLOW.format(here=".")
@@ -68,8 +68,9 @@ def test_doctor_lists_versions_device_and_backends():
     assert told["torch"] == torch.__version__
     assert "triton" in told
     assert told["device"].split()[0] in {"cpu", "cuda", "mps"}
-    for op in ("attention", *(name for name in fastdmd_kernels.__all__ if name.endswith("_loss"))):
+    for op in dispatch.OPS:
         assert told[op].split()[0] in {"torch", "triton"}, op
+    assert told["attention"].split()[0] in attention.IMPLEMENTATIONS
 
 
 @pytest.mark.parametrize("command", [["sample"], ["eval"], ["export", "--out", "exported"]], ids=lambda c: c[0])

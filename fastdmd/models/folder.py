@@ -1,6 +1,7 @@
 """Diffusers folders: a Wan transformer in and out, with no key map, and a student that stock diffusers samples."""
 
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastdmd.models.wan import Wan, WanConfig
+from fastdmd_kernels.tiles import Grid
 
 WEIGHTS = "diffusion_pytorch_model"
 # keys of diffusers' config.json that fastdmd's Wan fixes, with the value it has
@@ -23,6 +25,7 @@ FIXED = {
     "added_kv_proj_dim": None,
     "pos_embed_seq_len": None,
 }
+FASTVIDEO_GATE = re.compile(r"^(blocks\.\d+\.)to_gate_compress\.")
 COMPONENTS = {
     "text_encoder": ["transformers", "UMT5EncoderModel"],
     "tokenizer": ["transformers", "T5TokenizerFast"],
@@ -82,12 +85,26 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} cannot be read ({e}); download or save the folder again") from None
 
 
-def load(folder: str | Path, device: torch.device | str = "cpu") -> Wan:
-    """The Wan of a diffusers folder, float32."""
+def load(folder: str | Path, device: torch.device | str = "cpu", tile: Grid | None = None) -> Wan:
+    """The Wan of a diffusers folder, float32; with a `tile`, its self-attention is sparse.
+
+    Gates of the sparse attention are zero where the folder has none, and are read under FastVideo's names too. A folder
+    that has them was trained with them: a dense network of it is refused.
+    """
     folder = Path(folder)
     with torch.device("meta"):
-        net = Wan(read_config(folder))
+        net = Wan(read_config(folder), tile)
     weights, expected = read_weights(folder), net.state_dict()
+    weights = {FASTVIDEO_GATE.sub(r"\1attn1.to_gate_compress.", name): value for name, value in weights.items()}
+    gates = {name for name in weights if ".attn1.to_gate_compress." in name}
+    if gates and tile is None:
+        raise ValueError(
+            f"{folder}: transformer has gates of video sparse attention ({min(gates)}); "
+            "set model.attention of the role that reads it to 'vsa'"
+        )
+    if not gates:
+        zeros = {name: torch.zeros(x.shape) for name, x in expected.items() if ".attn1.to_gate_compress." in name}
+        weights |= zeros
     wrong = [f"{name} is missing" for name in expected if name not in weights]
     wrong += [f"{name} is unknown" for name in weights if name not in expected]
     wrong += [

@@ -3,11 +3,11 @@
 B batch, C channel, T frames, H W space, L tokens, D width, N heads, K head dim, S text tokens.
 
 Tokens are put in one fixed order at the patch embedding and leave it at the end: raster, or tile order when `tile` is
-set. Attention does not see the order, because the RoPE table is in the same one.
+set and self-attention is video sparse attention. No attention sees the order, as the RoPE table is in the same one.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,7 +17,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastdmd.denoiser import Cond
-from fastdmd_kernels.tiles import Grid, raster_order, tile_order
+from fastdmd_kernels import topk_for, video_sparse_attention
+from fastdmd_kernels.attention import attention
+from fastdmd_kernels.tiles import N_VALID_BITS, Grid, Tiles
+
+Sparse = tuple[Tiles, int]  # the geometry, and the key tiles that each query tile keeps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,32 @@ class WanConfig:
         return self.num_attention_heads * self.attention_head_dim
 
 
+@dataclass(frozen=True, kw_only=True)
+class VSAConfig:
+    """[vsa]: video sparse attention (2505.13389) for the roles that `model.attention` gives it."""
+
+    sparsity: float  # share of key tiles that a query tile leaves out; DMD on Wan 1.3B uses 0.8, on 14B 0.9
+    warmup_every: int = 0  # steps between rises of the sparsity from 0 on; 0: it is there from the first step
+    warmup_step: float = 0.03  # each rise
+    tile: Grid = (4, 4, 4)  # tokens, t h w
+
+    def sparsity_at(self, step: int) -> float:
+        """The sparsity of step `step` (0-based)."""
+        rises = step // self.warmup_every if self.warmup_every else math.inf
+        return min(self.sparsity, self.warmup_step * rises)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if not 0 <= self.sparsity < 1:
+            yield "sparsity", f"{self.sparsity} leaves [0, 1); 0 keeps every tile"
+        if self.warmup_every < 0:
+            yield "warmup_every", f"{self.warmup_every} is negative; 0 is no warm-up"
+        if self.warmup_step <= 0:
+            yield "warmup_step", f"{self.warmup_step} is not positive; VSA uses 0.03"
+        most = (1 << N_VALID_BITS) - 1
+        if min(self.tile) < 1 or math.prod(self.tile) > most:
+            yield "tile", f"{list(self.tile)} does not hold 1 to {most} tokens; VSA uses [4, 4, 4]"
+
+
 def layer_norm(x: Tensor, eps: float) -> Tensor:
     return nnf.layer_norm(x.float(), x.shape[-1:], eps=eps)
 
@@ -60,7 +90,7 @@ def rope_table(grid: Grid, K: int, tile: Grid | None, device: torch.device) -> T
     ]
     angle = torch.cat(angles, dim=1)
     if tile:
-        angle = angle[tile_order(grid, tile)]
+        angle = Tiles(grid, tile).to_tile_order(angle, 0)
     return torch.stack([angle.cos(), angle.sin()])[:, :, None].float().to(device)
 
 
@@ -107,7 +137,7 @@ class ConditionEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: WanConfig) -> None:
+    def __init__(self, config: WanConfig, gated: bool = False) -> None:
         super().__init__()
         D = config.width
         self.N = config.num_attention_heads
@@ -115,16 +145,23 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(D, D)])
         # over the whole width, not per head
         self.norm_q, self.norm_k = nn.RMSNorm(D, eps=config.eps), nn.RMSNorm(D, eps=config.eps)
+        if gated:  # of the coarse branch; zero, so that at sparsity 0 it is dense attention
+            self.to_gate_compress = nn.Linear(D, D)
+            nn.init.zeros_(self.to_gate_compress.weight)
+            nn.init.zeros_(self.to_gate_compress.bias)
 
-    def forward(self, x: Tensor, context: Tensor, rope: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, rope: Tensor | None = None, sparse: Sparse | None = None) -> Tensor:
         heads = (self.N, -1)
         q = self.norm_q(self.to_q(x)).unflatten(-1, heads)  # [B, L, N, K]
         k = self.norm_k(self.to_k(context)).unflatten(-1, heads)
         v = self.to_v(context).unflatten(-1, heads)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        out = nnf.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return self.to_out[0](out.transpose(1, 2).flatten(2))
+        if sparse is None:
+            out = attention(q, k, v)
+        else:
+            out = video_sparse_attention(q, k, v, self.to_gate_compress(x).unflatten(-1, heads), *sparse)
+        return self.to_out[0](out.flatten(2))
 
 
 class GELUProjection(nn.Module):
@@ -148,37 +185,43 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: WanConfig) -> None:
+    def __init__(self, config: WanConfig, gated: bool) -> None:
         super().__init__()
         D = config.width
         self.eps = config.eps
-        self.attn1, self.attn2, self.ffn = Attention(config), Attention(config), FeedForward(config)
+        self.attn1, self.attn2, self.ffn = Attention(config, gated), Attention(config), FeedForward(config)
         self.norm2 = nn.LayerNorm(D, eps=config.eps) if config.cross_attn_norm else nn.Identity()
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, D) / D**0.5)
 
-    def forward(self, x: Tensor, text: Tensor, modulation: Tensor, rope: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, text: Tensor, modulation: Tensor, rope: Tensor, sparse: Sparse | None = None
+    ) -> Tensor:
         """x [B, L, D], text [B, S, D], modulation [B, 6, D]; normalisation, modulation and residuals in float32."""
         dtype = x.dtype
         shift1, scale1, gate1, shift3, scale3, gate3 = (self.scale_shift_table + modulation.float()).chunk(6, dim=1)
         h = (layer_norm(x, self.eps) * (1 + scale1) + shift1).to(dtype)
-        x = (x.float() + self.attn1(h, h, rope) * gate1).to(dtype)
+        x = (x.float() + self.attn1(h, h, rope, sparse) * gate1).to(dtype)
         x = x + self.attn2(self.norm2(x.float()).to(dtype), text)
         h = (layer_norm(x, self.eps) * (1 + scale3) + shift3).to(dtype)
         return (x.float() + self.ffn(h).float() * gate3).to(dtype)
 
 
 class Wan(nn.Module):
-    """A role's network: x_t [B, C, T, H, W], model_t [B] (1000 t), text [B, S, text_dim] -> F = v [B, C, T, H, W]."""
+    """A role's network: x_t [B, C, T, H, W], model_t [B] (1000 t), text [B, S, text_dim] -> F = v [B, C, T, H, W].
+
+    With a `tile`, self-attention is video sparse attention over cubes of that many tokens, at `sparsity`.
+    """
 
     def __init__(self, config: WanConfig, tile: Grid | None = None) -> None:
         super().__init__()
         self.config, self.tile = config, tile
+        self.sparsity = 0.0  # of the step; the trainer's to set
         self.checkpointing = False
         D = config.width
         # a Conv3d for its name and shape only: patches do not overlap, so it is applied as a matrix product
         self.patch_embedding = nn.Conv3d(config.in_channels, D, config.patch_size, stride=config.patch_size)
         self.condition_embedder = ConditionEmbedder(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, gated=tile is not None) for _ in range(config.num_layers))
         self.proj_out = nn.Linear(D, config.out_channels * math.prod(config.patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, D) / D**0.5)
 
@@ -209,17 +252,24 @@ class Wan(nn.Module):
             )
         return T // pt, H // ph, W // pw
 
+    def sparse(self, grid: Grid) -> Sparse | None:
+        """What sparse attention needs to know of a grid; None when attention is dense."""
+        if self.tile is None:
+            return None
+        tiles = Tiles(grid, self.tile)
+        return tiles, topk_for(self.sparsity, tiles.n)
+
     def patchify(self, x_t: Tensor, grid: Grid) -> Tensor:
         """[B, C, T, H, W] -> patches in token order [B, L, C * prod(patch)]."""
         (gt, gh, gw), (pt, ph, pw) = grid, self.config.patch_size
         x = x_t.reshape(*x_t.shape[:2], gt, pt, gh, ph, gw, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)
         x = x.reshape(x_t.shape[0], gt * gh * gw, -1)
-        return x if self.tile is None else x[:, tile_order(grid, self.tile).to(x.device)]
+        return x if self.tile is None else Tiles(grid, self.tile).to_tile_order(x, 1)
 
     def unpatchify(self, x: Tensor, grid: Grid) -> Tensor:
         """[B, L, prod(patch) * C] in token order -> [B, C, T, H, W]."""
         if self.tile is not None:
-            x = x[:, raster_order(grid, self.tile).to(x.device)]
+            x = Tiles(grid, self.tile).to_raster_order(x, 1)
         (gt, gh, gw), (pt, ph, pw) = grid, self.config.patch_size
         x = x.reshape(x.shape[0], gt, gh, gw, pt, ph, pw, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
         return x.reshape(*x.shape[:2], gt * pt, gh * ph, gw * pw)
@@ -230,11 +280,12 @@ class Wan(nn.Module):
         x = nnf.linear(self.patchify(x_t, grid).to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
         time, modulation, text = self.condition_embedder(model_t, cond.text.to(weight.dtype))
         rope = rope_table(grid, self.config.attention_head_dim, self.tile, x.device)
+        sparse = self.sparse(grid)
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, text, modulation, rope, use_reentrant=False)
+                x = checkpoint(block, x, text, modulation, rope, sparse, use_reentrant=False)
             else:
-                x = block(x, text, modulation, rope)
+                x = block(x, text, modulation, rope, sparse)
         shift, scale = (self.scale_shift_table + time[:, None]).chunk(2, dim=1)  # [B, 1, D]
         x = (layer_norm(x, self.config.eps) * (1 + scale) + shift).to(x.dtype)
         return self.unpatchify(self.proj_out(x), grid)
@@ -253,9 +304,21 @@ class Wan(nn.Module):
     def flops(self, shape: Iterable[int], text_tokens: int) -> int:
         """Multiply-adds x 2 of one forward of a latent [B, C, T, H, W]: matrix products and attention only."""
         B, *latent = shape
-        L, S, D, c = math.prod(self.grid(latent)), text_tokens, self.config.width, self.config
-        patch = math.prod(c.patch_size)
-        block = L * (4 * D * D + 2 * L * D) + L * 2 * D * D + S * 2 * D * D + 2 * L * S * D + 2 * L * D * c.ffn_dim
+        grid, S, D, c = self.grid(latent), text_tokens, self.config.width, self.config
+        L, patch = math.prod(grid), math.prod(c.patch_size)
+        if (sparse := self.sparse(grid)) is None:
+            pairs = L * L
+        else:  # tiles are multiplied whole; the coarse branch has one token a tile, the gate one more linear
+            tiles, topk = sparse
+            pairs = tiles.n * topk * tiles.slots**2 + tiles.n**2
+        block = (
+            L * (5 if sparse else 4) * D * D
+            + 2 * pairs * D
+            + L * 2 * D * D
+            + S * 2 * D * D
+            + 2 * L * S * D
+            + 2 * L * D * c.ffn_dim
+        )
         ends = L * D * patch * (c.in_channels + c.out_channels) + S * (c.text_dim + D) * D
         time = c.freq_dim * D + 7 * D * D
         return 2 * B * (c.num_layers * block + ends + time)

@@ -1,0 +1,69 @@
+"""Compile what a run will need before it starts: a step of it on the meta device, whose kernels compile and do not run.
+
+Nothing is loaded but the shapes, so it takes no GPU and no weights: a job that starts later compiles nothing.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from fastdmd.config import Config
+from fastdmd.denoiser import Batch, Cond, Denoiser
+from fastdmd.methods import METHODS
+from fastdmd.models import folder
+from fastdmd.models.wan import Wan
+from fastdmd.rng import Rng
+from fastdmd.schedule import FlowSchedule
+
+
+class MetaRng(Rng):
+    """Draws on the meta device; times and exits on the host, as any run has them."""
+
+    def normal(self, shape):
+        return torch.empty(len(self._host), *shape, device="meta")
+
+
+def step_on_meta(config: Config, sparsity: float) -> None:
+    """Every phase of a step, forward and backward, with one of the networks' equal blocks."""
+    cls = METHODS[config.method.name]
+    tables = {table: getattr(config, table) for table in cls.uses}
+    method = cls(config.method, flow_shift=config.schedule.flow_shift, **tables)
+    nets = {}
+    for role in method.roles:
+        path, tile = config.role_path(role), config.role_tile(role)
+        architecture = folder.read_config(Path(path)) if path else config.model.architecture
+        assert architecture  # the configuration was checked
+        with torch.device("meta"):
+            net = Wan(replace(architecture, num_layers=1), tile)
+        net.cast(config.precision.dtype)
+        net.sparsity = sparsity if tile else 0.0
+        nets[role] = Denoiser(net, FlowSchedule(config.schedule.flow_shift))
+    B, shape = config.run.batch_size, config.data.latent_shape()
+    text = Cond(torch.empty(B, 8, nets["student"].net.config.text_dim, device="meta"))
+    batch, carry = Batch(text, text, shape, torch.empty(B, *shape, device="meta")), {}
+    for index, phase in enumerate(dict.fromkeys(method.phases(0))):
+        for role, denoiser in nets.items():
+            denoiser.requires_grad_(role == phase)
+        rng = MetaRng(config.run.seed, 0, f"{phase}{index}", range(B), "cpu")
+        loss, _ = method.loss(phase, nets, batch, rng, carry)
+        loss.backward()
+
+
+def sparsities(config: Config) -> set[float]:
+    """All that the warm-up of [vsa] passes through: the lists of each have another length."""
+    if config.vsa is None:
+        return {0.0}
+    every = config.vsa.warmup_every or config.run.max_steps
+    return {config.vsa.sparsity_at(step) for step in range(0, config.run.max_steps, every)}
+
+
+def warm(config: Config, target: str | None) -> str:
+    """Compile for `target` ("sm_90", "gfx942", ..), or for this machine's GPU. -> what was done, in a line."""
+    from fastdmd_kernels._triton.warm import compiling, this_gpu  # triton is not everywhere
+
+    target = target or this_gpu()
+    with compiling(target) as found:
+        for sparsity in sorted(sparsities(config)):
+            step_on_meta(config, sparsity)
+    return f"{target}: compiled {found.count(False)} kernels, {found.count(True)} were in triton's cache"
