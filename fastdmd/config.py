@@ -10,7 +10,7 @@ from fastdmd import shapes, strict, toml
 from fastdmd.checkpoint import Config as CheckpointConfig
 from fastdmd.data import Config as DataConfig
 from fastdmd.log import Config as LogConfig
-from fastdmd.methods import METHODS
+from fastdmd.methods import METHODS, Method
 from fastdmd.methods.score_distillation import CriticConfig
 from fastdmd.models import folder
 from fastdmd.models.wan import VSAConfig, WanConfig
@@ -121,6 +121,12 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     logging: LogConfig = field(default_factory=LogConfig)
+
+    def make_method(self) -> Method:
+        """The objective, with the tables that it uses."""
+        method = METHODS[self.method.name]
+        tables = {table: getattr(self, table) for table in method.uses}
+        return method(self.method, flow_shift=self.schedule.flow_shift, **tables)
 
     def role_source(self, role: str) -> tuple[str, str | None]:
         """The key that a role's weights come from, and the diffusers folder that it names."""

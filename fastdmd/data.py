@@ -120,9 +120,8 @@ class ShapesWorld:
         self.config, self.device, self.negative_prompt = config, device, config.negative_prompt
         self.latent_shape = config.latent_shape()
         n = len(shapes.CAPTIONS)
-        self.prompts: Sequence[str] = [
-            shapes.CAPTIONS[13 * i % n] for i in range(n)
-        ]  # the first few differ in all words
+        # all of them, in strides: the first few, which are shown, differ in every word
+        self.prompts: Sequence[str] = [shapes.CAPTIONS[13 * i % n] for i in range(n)]
         self.text = shapes.embed([*shapes.CAPTIONS, config.negative_prompt]).to(device)
 
     def cond(self, prompts: Sequence[str]) -> Cond:

@@ -22,7 +22,7 @@ from fastdmd.denoiser import Batch, Denoiser
 from fastdmd.evaluate import finish, validate_step
 from fastdmd.hardware import peak_flops, peak_memory_gb
 from fastdmd.log import Progress, RunLog
-from fastdmd.methods import METHODS, Method
+from fastdmd.methods import Method
 from fastdmd.models import folder
 from fastdmd.models.wan import Wan
 from fastdmd.optim import EMA, Optimizer
@@ -66,10 +66,7 @@ def build(config: Config) -> Run:
     """Networks, data and optimizers of a run, at step 0."""
     device, dtype = pick_device(config.run.device), config.precision.dtype
     schedule = FlowSchedule(config.schedule.flow_shift)
-    cls = METHODS[config.method.name]
-    tables = {table: getattr(config, table) for table in cls.uses}
-    method = cls(config.method, flow_shift=config.schedule.flow_shift, **tables)
-    nets, optimizers = {}, {}
+    method, nets, optimizers = config.make_method(), {}, {}
     for role, how in method.roles.items():
         net = make_net(config, role, device)
         masters = net.cast(dtype)

@@ -3,14 +3,15 @@
 Nothing is loaded but the shapes, so it takes no GPU and no weights: a job that starts later compiles nothing.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fastdmd.config import Config
 from fastdmd.denoiser import Batch, Cond, Denoiser
-from fastdmd.methods import METHODS
 from fastdmd.models import folder
 from fastdmd.models.wan import Wan
 from fastdmd.rng import Rng
@@ -20,16 +21,13 @@ from fastdmd.schedule import FlowSchedule
 class MetaRng(Rng):
     """Draws on the meta device; times and exits on the host, as any run has them."""
 
-    def normal(self, shape):
+    def normal(self, shape: Sequence[int]) -> Tensor:
         return torch.empty(len(self._host), *shape, device="meta")
 
 
 def step_on_meta(config: Config, sparsity: float) -> None:
     """Every phase of a step, forward and backward, with one of the networks' equal blocks."""
-    cls = METHODS[config.method.name]
-    tables = {table: getattr(config, table) for table in cls.uses}
-    method = cls(config.method, flow_shift=config.schedule.flow_shift, **tables)
-    nets = {}
+    method, nets = config.make_method(), {}
     for role in method.roles:
         path, tile = config.role_path(role), config.role_tile(role)
         architecture = folder.read_config(Path(path)) if path else config.model.architecture

@@ -52,6 +52,12 @@ def share_right(video: Tensor, caption: Tensor) -> float:
 # --------------------------------------------------------------------------------- the world
 
 
+def test_the_prompts_are_all_captions_and_the_first_differ_in_every_word():
+    assert sorted(WORLD.prompts) == sorted(CAPTIONS)
+    words = [prompt.split() for prompt in WORLD.prompts[:6]]
+    assert [len({each[i] for each in words}) for i in (1, 2, 4)] == [4, 2, 4]  # colour, shape, motion
+
+
 def test_a_video_is_a_moving_shape_over_speckle():
     bits = fair_bits(0, len(KINDS))
     video, _ = draw(bits)

@@ -53,7 +53,11 @@ def test_the_gate_is_read_from_the_modulated_tokens():
     gate = net.blocks[0].attn1.to_gate_compress
     assert not gate.weight.any()
     assert not gate.bias.any()
+    read = []
+    for linear in (net.blocks[0].attn1.to_q, gate):
+        linear.register_forward_pre_hook(lambda _, given: read.append(given[0]))
     F = net(*batch)
+    assert read[0] is read[1]
     F.square().mean().backward()
     assert gate.weight.grad.abs().max() > 0
     with torch.no_grad():

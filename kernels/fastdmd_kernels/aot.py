@@ -23,11 +23,10 @@ from typing import Any
 
 import triton
 from triton import knobs
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastdmd_kernels import aot_resources
-from fastdmd_kernels._triton.spec import Spec
+from fastdmd_kernels._triton.spec import Spec, gpu_target
 from fastdmd_kernels.aot_rules import TARGETS, Record, baseline_of, key, problems
 
 MODULES = ("vsa_pool", "vsa_select", "vsa_invert", "vsa_fwd", "vsa_bwd", "dmd_loss", "sid_loss")  # of _triton
@@ -55,15 +54,14 @@ def compile_spec(spec: Spec, target: str) -> tuple[bytes, Record]:
         constexprs=dict(spec.constexprs),
         attrs=aligned,
     )
-    vendor, arch = target[:3].strip("_"), target.removeprefix("sm_")
-    gpu = GPUTarget("cuda", int(arch), 32) if vendor == "sm" else GPUTarget("hip", target, 64)
+    gpu = gpu_target(target)
     log = io.StringIO()
     # in a cache of its own: a kernel that is found there brings no log of ptxas
     with tempfile.TemporaryDirectory() as folder, knobs.cache.scope(), knobs.nvidia.scope():
         knobs.cache.dir, knobs.nvidia.dump_ptxas_log = folder, True
         with contextlib.redirect_stdout(log):
             compiled = triton.compile(source, target=gpu, options=dict(spec.options))
-        if vendor == "sm":
+        if gpu.backend == "cuda":
             binary = compiled.asm["cubin"]
             resources = aot_resources.nvidia(compiled.asm["ptx"], _disassemble(binary), log.getvalue(), binary)
         else:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 # as triton's signatures name them
@@ -24,3 +25,12 @@ class Spec:
     tensor_cores: bool  # the kernel must use them
     async_copies: bool  # its inner loop must use cp.async or TMA
     unaligned: tuple[str, ...] = ()
+
+
+def gpu_target(name: str) -> GPUTarget:
+    """Of "sm_90", "gfx942" and their like; ValueError for others."""
+    if name.startswith("sm_") and name[3:].isdigit():
+        return GPUTarget("cuda", int(name[3:]), 32)
+    if name.startswith("gfx"):
+        return GPUTarget("hip", name, 64)
+    raise ValueError(f"target '{name}' is not a GPU's; use one like sm_90 or gfx942")

@@ -16,15 +16,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from fastdmd_kernels import dispatch
-
-
-def gpu_target(name: str) -> GPUTarget:
-    """Of "sm_90", "gfx942" and their like; ValueError for others."""
-    if name.startswith("sm_") and name[3:].isdigit():
-        return GPUTarget("cuda", int(name[3:]), 32)
-    if name.startswith("gfx"):
-        return GPUTarget("hip", name, 64)
-    raise ValueError(f"target '{name}' is not a GPU's; use one like sm_90 or gfx942")
+from fastdmd_kernels._triton.spec import gpu_target
 
 
 def this_gpu() -> str:
