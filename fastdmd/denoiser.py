@@ -17,12 +17,20 @@ __all__ = ["Batch", "Cond", "Denoiser", "guide"]
 
 @dataclass(frozen=True)
 class Cond:
-    """What a network is conditioned on: text [B, S, text_dim]."""
+    """What a network is conditioned on, beside the time."""
 
-    text: Tensor
+    text: Tensor  # [B, S, text_dim]
+    pooled: Tensor | None = None  # [B, P], SDXL's second text embedding
+    time_ids: Tensor | None = None  # [B, 6], SDXL's sizes and crop
+    guidance: Tensor | None = None  # float32 [B], the w that a network with a guidance embedding is told
 
     def cat(self, other: "Cond") -> "Cond":
-        return Cond(torch.cat([self.text, other.text]))
+        return Cond(
+            *(
+                None if a is None else torch.cat([a, b])
+                for a, b in zip(vars(self).values(), vars(other).values(), strict=True)
+            )
+        )
 
 
 @dataclass(frozen=True)
