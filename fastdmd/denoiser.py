@@ -25,11 +25,14 @@ class Cond:
     guidance: Tensor | None = None  # float32 [B], the w that a network with a guidance embedding is told
 
     def cat(self, other: "Cond") -> "Cond":
+        def both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+            return None if a is None or b is None else torch.cat([a, b])
+
         return Cond(
-            *(
-                None if a is None else torch.cat([a, b])
-                for a, b in zip(vars(self).values(), vars(other).values(), strict=True)
-            )
+            torch.cat([self.text, other.text]),
+            both(self.pooled, other.pooled),
+            both(self.time_ids, other.time_ids),
+            both(self.guidance, other.guidance),
         )
 
 

@@ -22,6 +22,15 @@ class Coeffs(NamedTuple):
 
 
 class Schedule(Protocol):
+    @property
+    def flow_shift(self) -> float:
+        """What the times of training and sampling are shifted by; 1 is off."""
+        ...
+
+    def solver_grid(self, steps: int) -> Tensor:
+        """The times of an ODE solver, float64 [steps + 1] from 1 down to the clean end."""
+        ...
+
     def alpha(self, t: Tensor) -> Tensor: ...
 
     def sigma(self, t: Tensor) -> Tensor: ...
@@ -82,10 +91,14 @@ class FlowSchedule:
 
 
 class VPSchedule:
-    """Variance preserving, from a table of `alphas_cumprod` (index n is time (n + 1) / 1000 for 1,000 entries).
+    """Variance preserving, from a table of `alphas_cumprod`; its times are never shifted.
 
-    prediction "eps": F = eps, x0 = (x_t - sigma F) / alpha. "v": F = alpha eps - sigma x0, x0 = alpha x_t - sigma F.
+    Index n of 1,000 is time (n + 1) / 1000, and time 0 is index 0 too: the clean end, as diffusers' DDIM without
+    `set_alpha_to_one`. prediction "eps": F = eps, x0 = (x_t - sigma F) / alpha. "v": F = alpha eps - sigma x0,
+    x0 = alpha x_t - sigma F.
     """
+
+    flow_shift = 1.0
 
     def __init__(self, alphas_cumprod: Sequence[float] | Tensor, prediction: str) -> None:
         if prediction not in ("eps", "v"):
@@ -97,6 +110,10 @@ class VPSchedule:
         """The index into the table, rounded to the nearest."""
         n = len(self.alphas_cumprod)
         return (t * n - 1).round().clamp(0, n - 1)
+
+    def solver_grid(self, steps: int) -> Tensor:
+        """The times of DDIM, float64 [steps + 1]: indices 1000 n / steps - 1 downwards, and the clean end."""
+        return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
 
     def alpha(self, t: Tensor) -> Tensor:
         return self.alphas_cumprod[self.model_t(t).long()].sqrt()

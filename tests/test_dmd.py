@@ -55,7 +55,7 @@ def make(flow_shift: float = FLOW_SHIFT, critic: CriticConfig | None = None, **k
     keys = BASE | keys
     rollout = {field.name: keys.pop(field.name) for field in fields(rollouts.Config) if field.name in keys}
     config = Config(name="dmd", **keys)
-    return DMD(config, flow_shift=flow_shift, rollout=rollouts.Config(**rollout), critic=critic or CriticConfig())
+    return DMD(config, FlowSchedule(flow_shift), rollout=rollouts.Config(**rollout), critic=critic or CriticConfig())
 
 
 def make_rng(stream: str = "student0") -> Rng:
@@ -178,7 +178,9 @@ def test_critic_loss_is_that_of_the_definition(nets, change):
 def test_critic_of_an_eps_model_learns_eps():
     schedule = VPSchedule(torch.cumprod(1 - torch.linspace(1e-3, 1e-2, 1000, dtype=torch.float64), 0), "eps")
     nets, carry = mlp.three_nets(schedule), {}
-    loss, _ = make().loss("critic", nets, BATCH, make_rng(), carry)
+    method = make()
+    method.schedule = schedule
+    loss, _ = method.loss("critic", nets, BATCH, make_rng(), carry)
     (call,) = calls(nets, "critic")
     s = (call.model_t.double() + 1) / 1000
     alpha, sigma = column(schedule.alpha(s)), column(schedule.sigma(s))
@@ -319,7 +321,7 @@ def test_phases(generator, rollout, want):
     """updates_per_generator critic updates for every student update, updates_per_rollout of them a step."""
     method = make(critic=CriticConfig(updates_per_generator=generator, updates_per_rollout=rollout))
     assert ["".join(phase[0].upper() for phase in method.phases(step)) for step in range(4)] == want
-    assert method.roles == {"student": "train", "teacher": "frozen", "critic": "train"}
+    assert method.config.roles == {"student": "train", "teacher": "frozen", "critic": "train"}
 
 
 def test_critic_starts_from_its_own_path():
