@@ -3,6 +3,7 @@
 B batch; latents are [B, C, ..]; times are float64 [B] on the host.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,12 @@ class Denoiser(nn.Module):
         model_t = coeffs(self.schedule, t, x_t.device).model_t
         return self._call(torch.cat([x_t, x_t]), model_t.repeat(2), cond.cat(uncond)).chunk(2)  # type: ignore[return-value]
 
+    def features(self, x_t: Tensor, t: Tensor, cond: Cond, layers: Collection[int]) -> tuple[Tensor, list[Tensor]]:
+        """F as `raw` gives it, and float32 maps [B, D, ..] of the network's inside after each of its blocks `layers`."""
+        F, maps = self.net.features(x_t, coeffs(self.schedule, t, x_t.device).model_t, cond, layers)
+        self._count(F, x_t, cond)
+        return F.float(), maps
+
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """x0 [B, C, ..] float32."""
         c = coeffs(self.schedule, t, x_t.device)
@@ -71,7 +78,10 @@ class Denoiser(nn.Module):
 
     def _call(self, x_t: Tensor, model_t: Tensor, cond: Cond) -> Tensor:
         F = self.net(x_t, model_t, cond).float()
+        self._count(F, x_t, cond)
+        return F
+
+    def _count(self, F: Tensor, x_t: Tensor, cond: Cond) -> None:
         # a backward costs one forward for the inputs and one for the parameters
         backward = F.requires_grad * (1 + any(p.requires_grad for p in self.net.parameters()))
         self.flops += self.net.flops(x_t.shape, cond.text.shape[1]) * (1 + backward)
-        return F

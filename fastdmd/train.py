@@ -23,6 +23,7 @@ from fastdmd.evaluate import finish, validate_step
 from fastdmd.hardware import peak_flops, peak_memory_gb
 from fastdmd.log import Progress, RunLog
 from fastdmd.methods import Method
+from fastdmd.methods.method import TRAINABLE
 from fastdmd.models import folder
 from fastdmd.models.wan import Wan
 from fastdmd.optim import EMA, Optimizer
@@ -68,12 +69,17 @@ def build(config: Config) -> Run:
     schedule, method = config.make_schedule(), config.make_method()
     nets, optimizers = {}, {}
     for role, how in config.method.roles.items():
-        net = make_net(config, role, device)
-        masters = net.cast(dtype)
-        if how == "train":
-            net.checkpointing = config.memory.checkpointing == "full"
+        if how == "heads":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.run.seed)
+                net, masters = method.make_heads(nets).to(device), {}
+        else:
+            net = make_net(config, role, device)
+            net.checkpointing = how == "train" and config.memory.checkpointing == "full"
+            prepare(device, dtype, net.config.attention_head_dim)
+            masters = net.cast(dtype)
+        if role in TRAINABLE:
             optimizers[role] = Optimizer(net, config.optim[role], config.run.max_steps, masters)
-        prepare(device, dtype, net.config.attention_head_dim)
         nets[role] = Denoiser(net.requires_grad_(False), schedule)
     ema = EMA(optimizers["student"].masters, config.ema) if config.ema else None
     world = make_world(config.data, config.model.path, device, dtype)

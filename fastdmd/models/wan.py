@@ -7,7 +7,7 @@ set and self-attention is video sparse attention. No attention sees the order, a
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -275,20 +275,29 @@ class Wan(nn.Module):
         return x.reshape(*x.shape[:2], gt * pt, gh * ph, gw * pw)
 
     def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond) -> Tensor:
-        grid = self.grid(x_t.shape)
+        return self.features(x_t, model_t, cond, ())[0]
+
+    def features(
+        self, x_t: Tensor, model_t: Tensor, cond: Cond, layers: Collection[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """F, and the hidden states [B, D, T, H, W] (of the token grid, float32) after the blocks of these indices."""
+        grid, found = self.grid(x_t.shape), []
         weight = self.patch_embedding.weight
         x = nnf.linear(self.patchify(x_t, grid).to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
         time, modulation, text = self.condition_embedder(model_t, cond.text.to(weight.dtype))
         rope = rope_table(grid, self.config.attention_head_dim, self.tile, x.device)
         sparse = self.sparse(grid)
-        for block in self.blocks:
+        for index, block in enumerate(self.blocks):
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, text, modulation, rope, sparse, use_reentrant=False)
             else:
                 x = block(x, text, modulation, rope, sparse)
+            if index in layers:
+                raster = x if self.tile is None else Tiles(grid, self.tile).to_raster_order(x, 1)
+                found.append(raster.float().transpose(1, 2).unflatten(2, grid))
         shift, scale = (self.scale_shift_table + time[:, None]).chunk(2, dim=1)  # [B, 1, D]
         x = (layer_norm(x, self.config.eps) * (1 + scale) + shift).to(x.dtype)
-        return self.unpatchify(self.proj_out(x), grid)
+        return self.unpatchify(self.proj_out(x), grid), found
 
     def cast(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Round parameters to the compute dtype in place, but for what diffusers keeps in float32: time embedder, norm2
