@@ -66,7 +66,7 @@ class Denoiser(nn.Module):
         return self._call(torch.cat([x_t, x_t]), model_t.repeat(2), cond.cat(uncond)).chunk(2)  # type: ignore[return-value]
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond, layers: Collection[int]) -> tuple[Tensor, list[Tensor]]:
-        """F as `raw` gives it, and float32 maps [B, D, ..] of the network's inside after each of its blocks `layers`."""
+        """F as `raw` gives it, and float32 maps [B, D, ..] of its inside after each of the blocks `layers`."""
         F, maps = self.net.features(x_t, coeffs(self.schedule, t, x_t.device).model_t, cond, layers)
         self._count(F, x_t, cond)
         return F.float(), maps

@@ -3,7 +3,8 @@
 from fastdmd.methods.dmd import DMD
 from fastdmd.methods.flow import Flow
 from fastdmd.methods.method import Method, MethodConfig, Role
+from fastdmd.methods.sid import SiD
 
 __all__ = ["METHODS", "Method", "MethodConfig", "Role"]
 
-METHODS = {"dmd": DMD, "flow": Flow}
+METHODS = {"dmd": DMD, "sid": SiD, "flow": Flow}

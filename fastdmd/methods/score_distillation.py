@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdmd import rollout as rollouts
-from fastdmd.denoiser import Batch, Cond, guide
+from fastdmd.denoiser import Batch, Cond, Denoiser, guide
 from fastdmd.methods.method import Carry, Loss, Method, Nets
 from fastdmd.rng import Rng
 from fastdmd.sampler import renoise
@@ -47,7 +47,8 @@ class ScoreConfig:
     denoising_timesteps: tuple[float, ...]  # the student's steps, model timesteps in (0, 1000], descending
     guidance: float  # teacher, uncond + w (cond - uncond); published real_guidance_scale g is w = g + 1
     warp_timesteps: bool = False  # denoising_timesteps are nominal and go through flow_shift
-    critic_guidance: float = 1.0
+    critic_guidance: float = 1.0  # in the student's loss; SiD-LSG's kappa_2, as guidance is its kappa_4
+    critic_train_guidance: float = 1.0  # inside the critic's own loss; SiD-LSG's kappa_1
     score_timestep_shift: float | None = None  # absent: schedule.flow_shift
     score_timestep_range: tuple[float, float] = (0.02, 0.98)
     score_window: Literal["none", "lower", "upper", "both"] = "none"
@@ -123,18 +124,13 @@ class ScoreDistillation(Method):
 
     def scores(self, nets: Nets, x0: Tensor, made: rollouts.Rollout, batch: Batch, rng: Rng) -> Scores:
         """Critic and teacher at z = alpha(s) x0 + sigma(s) eps; guidance is one batched call, left out when off."""
-        critic, teacher, config = nets["critic"], nets["teacher"], self.config
-        s = self.score_time(rng, made)
+        config, s = self.config, self.score_time(rng, made)
         z = add_noise(self.schedule, x0, rng.normal(batch.latent_shape), s)
-        if config.critic_guidance == 1:
-            F_fake = critic.raw(z, s, batch.cond)
-        else:
-            F_fc, F_fu = critic.raw_pair(z, s, batch.cond, batch.uncond)
-            F_fake = guide(F_fu, F_fc, config.critic_guidance)
+        F_fake = guided(nets["critic"], z, s, batch, config.critic_guidance)
         if config.guidance == 1:
-            F_c, F_u = teacher.raw(z, s, batch.cond), None
+            F_c, F_u = nets["teacher"].raw(z, s, batch.cond), None
         else:
-            F_c, F_u = teacher.raw_pair(z, s, batch.cond, batch.uncond)
+            F_c, F_u = nets["teacher"].raw_pair(z, s, batch.cond, batch.uncond)
         return Scores(z, F_fake, F_c, F_u, coeffs(self.schedule, s, z.device))
 
     def mask(self, x0: Tensor) -> Tensor | None:
@@ -146,9 +142,17 @@ class ScoreDistillation(Method):
         return frames.view(1, 1, -1, 1, 1)
 
     def critic_loss(self, nets: Nets, batch: Batch, rng: Rng, carry: Carry) -> Loss:
-        """mean((F_critic(z, s) - target)^2) on the student's samples, conditional only."""
-        critic = nets["critic"]
+        """mean((F_critic(z, s) - target)^2) on the student's samples, conditional unless `critic_train_guidance`."""
         made = self.rollout(nets, batch, rng, carry, grad=False)
         s, eps = self.score_time(rng, made), rng.normal(batch.latent_shape)
-        F = critic.raw(add_noise(self.schedule, made.x0_g, eps, s), s, batch.cond)
+        z = add_noise(self.schedule, made.x0_g, eps, s)
+        F = guided(nets["critic"], z, s, batch, self.config.critic_train_guidance)
         return (F - self.schedule.target(made.x0_g, eps, s)).square().mean(), {}
+
+
+def guided(net: Denoiser, z: Tensor, s: Tensor, batch: Batch, w: float) -> Tensor:
+    """F under guidance w, one batched call; without the other side when w is 1."""
+    if w == 1:
+        return net.raw(z, s, batch.cond)
+    F_c, F_u = net.raw_pair(z, s, batch.cond, batch.uncond)
+    return guide(F_u, F_c, w)
