@@ -15,7 +15,7 @@ from fastdmd.denoiser import Batch, Cond, Denoiser, guide
 from fastdmd.methods.method import Carry, Loss, Method, Nets
 from fastdmd.rng import Rng
 from fastdmd.sampler import renoise
-from fastdmd.schedule import Coeffs, Schedule, add_noise, coeffs, shift, student_times, unshift
+from fastdmd.schedule import Coeffs, Schedule, add_noise, coeffs, shift, student_times, timestep_problems, unshift
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,18 +54,7 @@ class ScoreConfig:
     score_window: Literal["none", "lower", "upper", "both"] = "none"
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        steps = [int(t) if t.is_integer() else t for t in self.denoising_timesteps]
-        if not steps:
-            yield "denoising_timesteps", "is empty; e.g. [1000, 757, 522]"
-        elif not all(0 < t <= 1000 for t in steps):
-            yield (
-                "denoising_timesteps",
-                f"{steps} leaves (0, 1000]; give 1000 times the noise levels, e.g. [1000, 757, 522]",
-            )
-        elif sorted(set(steps), reverse=True) != steps:
-            yield "denoising_timesteps", f"{steps} does not descend; use {sorted(set(steps), reverse=True)}"
-        elif steps[0] != 1000:
-            yield "denoising_timesteps", f"{steps} starts at {steps[0]}; start at 1000, from pure noise"
+        yield from timestep_problems(self.denoising_timesteps)
         if self.score_timestep_shift is not None and self.score_timestep_shift <= 0:
             yield "score_timestep_shift", f"{self.score_timestep_shift} is not positive; 1 is off"
         low, high = self.score_timestep_range
@@ -131,7 +120,7 @@ class ScoreDistillation(Method):
             F_c, F_u = nets["teacher"].raw(z, s, batch.cond), None
         else:
             F_c, F_u = nets["teacher"].raw_pair(z, s, batch.cond, batch.uncond)
-        return Scores(z, F_fake, F_c, F_u, coeffs(self.schedule, s, z.device))
+        return Scores(z, F_fake, F_c, F_u, coeffs(self.schedule, s, z))
 
     def mask(self, x0: Tensor) -> Tensor | None:
         """Which elements carry the loss: the last `grad_frames` frames of [B, C, T, H, W], or all."""
