@@ -267,7 +267,7 @@ def gaussian_loss(solver_steps: int, scale: float) -> float:
 def test_the_fixed_point_is_the_true_flow_map():
     """Its f differs along a step by an Euler step's error, O(1 / N^2); that of another map by O(1 / N)."""
     ratio = {scale: gaussian_loss(50, scale) / gaussian_loss(200, scale) for scale in (0.45, 0.5, 0.55)}
-    assert ratio[0.5] > 4**3 > 2 * max(ratio[0.45], ratio[0.55])  # four times the steps: 4^4 and 4^2
+    assert ratio[0.5] > 100 > 2 * max(ratio[0.45], ratio[0.55])  # four times the steps: 4^4 and 4^2
 
 
 # ------------------------------------------------------------------------------------ its sampler
