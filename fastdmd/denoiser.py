@@ -66,9 +66,21 @@ class Denoiser(nn.Module):
         c = coeffs(self.schedule, t, x_t.device)
         return per_sample(c.a, x_t) * x_t + per_sample(c.b, x_t) * self._call(x_t, c.model_t, cond)
 
+    def block(self, x_t: Tensor, t: Tensor, cond: Cond, cache: Any, write: bool = False) -> Tensor:
+        """x0 of the frames that follow those in a causal network's cache; `write` adds them to it."""
+        c = coeffs(self.schedule, t, x_t.device)
+        flops = self.net.flops(x_t.shape, cond.text.shape[1], cache.tokens)  # before the cache grows
+        F = self.net.forward_block(x_t, c.model_t, cond, cache, write).float()
+        self._count(F, flops)
+        return per_sample(c.a, x_t) * x_t + per_sample(c.b, x_t) * F
+
     def _call(self, x_t: Tensor, model_t: Tensor, cond: Cond) -> Tensor:
         F = self.net(x_t, model_t, cond).float()
+        self._count(F, self.net.flops(x_t.shape, cond.text.shape[1]))
+        return F
+
+    def _count(self, F: Tensor, flops: int) -> None:
+        """A forward that gave F, and the backward that it will have."""
         # a backward costs one forward for the inputs and one for the parameters
         backward = F.requires_grad * (1 + any(p.requires_grad for p in self.net.parameters()))
-        self.flops += self.net.flops(x_t.shape, cond.text.shape[1]) * (1 + backward)
-        return F
+        self.flops += flops * (1 + backward)
