@@ -11,6 +11,7 @@ from fastdmd.checkpoint import Config as CheckpointConfig
 from fastdmd.data import Config as DataConfig
 from fastdmd.log import Config as LogConfig
 from fastdmd.methods import METHODS, Method
+from fastdmd.methods.method import TRAINABLE
 from fastdmd.methods.score_distillation import CriticConfig
 from fastdmd.models import folder
 from fastdmd.models.wan import VSAConfig, WanConfig
@@ -19,6 +20,7 @@ from fastdmd.optim import EMAConfig
 from fastdmd.precision import Config as PrecisionConfig
 from fastdmd.precision import present
 from fastdmd.rollout import Config as RolloutConfig
+from fastdmd.schedule import FlowSchedule, Schedule
 from fastdmd.toml import ConfigError
 from fastdmd.validate import Config as ValidationConfig
 from fastdmd_kernels.tiles import Grid
@@ -31,8 +33,7 @@ if TYPE_CHECKING:
 else:
     # [method] is the table of the method that it names, and [optim.ROLE] that of a role that some method trains
     MethodConfig = Union[tuple(method.Config for method in METHODS.values())]  # noqa: UP007
-    TRAINED = [role for method in METHODS.values() for role, how in method.roles.items() if how == "train"]
-    OptimTables = dict[Literal[tuple(TRAINED)], OptimConfig]
+    OptimTables = dict[Literal[TRAINABLE], OptimConfig]
 
 OPTIONAL_TABLES = {"critic": CriticConfig, "rollout": RolloutConfig}
 Problems = Iterator[tuple[str, str]]  # (key, what is wrong with it and what to do)
@@ -124,9 +125,11 @@ class Config:
 
     def make_method(self) -> Method:
         """The objective, with the tables that it uses."""
-        method = METHODS[self.method.name]
-        tables = {table: getattr(self, table) for table in method.uses}
-        return method(self.method, flow_shift=self.schedule.flow_shift, **tables)
+        tables = {table: getattr(self, table) for table in self.method.uses}
+        return METHODS[self.method.name](self.method, self.make_schedule(), **tables)
+
+    def make_schedule(self) -> Schedule:
+        return FlowSchedule(self.schedule.flow_shift)
 
     def role_source(self, role: str) -> tuple[str, str | None]:
         """The key that a role's weights come from, and the diffusers folder that it names."""
@@ -138,7 +141,8 @@ class Config:
 
     def role_tile(self, role: str) -> Grid | None:
         """The tile of a role's sparse attention; None when it is dense."""
-        return self.vsa.tile if self.vsa and getattr(self.model.attention, role) == "vsa" else None
+        like = "student" if role == "target" else role
+        return self.vsa.tile if self.vsa and getattr(self.model.attention, like) == "vsa" else None
 
     def role_path(self, role: str) -> str | None:
         return self.role_source(role)[1]
@@ -149,7 +153,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     source = toml.read(Path(path), overrides)
     tables = strict.convert(Config, source.data, (), source)
     if "method" in tables:
-        used = METHODS[tables["method"].name].uses
+        used = tables["method"].uses
         tables |= {table: OPTIONAL_TABLES[table]() for table in used if tables.get(table, "wrong") is None}
     config = Config(**{f.name: None for f in fields(Config)} | tables)  # type: ignore[arg-type]
     for check, needs in CHECKS.items():
@@ -168,15 +172,17 @@ def dump(config: Config) -> str:
 
 
 def _check_unused(config: Config) -> Problems:
-    method = METHODS[config.method.name]
+    method = config.method
     for table in ("teacher", "critic", "rollout"):
         if getattr(config, table) is not None and table not in (*method.uses, *method.roles):
-            yield table, f"method '{config.method.name}' does not use it; remove the table"
+            yield table, f"method '{method.name}' does not use it; remove the table"
+    if "ema" in method.roles.values() and config.ema is None:
+        yield "ema", f"method '{method.name}' follows the student's average; add the table [ema] with a decay"
 
 
 def _check_optim(config: Config) -> Problems:
     name = config.method.name
-    trained = [role for role, how in METHODS[name].roles.items() if how == "train"]
+    trained = [role for role in TRAINABLE if role in config.method.roles]
     for role in trained:
         if role not in config.optim:
             yield f"optim.{role}", f"method '{name}' trains the {role}; add the table [optim.{role}] with lr"
@@ -186,7 +192,7 @@ def _check_optim(config: Config) -> Problems:
 
 
 def _check_weights(config: Config) -> Problems:
-    roles = METHODS[config.method.name].roles
+    roles = config.method.roles
     if config.model.architecture:
         if config.model.path:
             yield "model.architecture", "model.path has an architecture already; keep one of the two"
@@ -236,13 +242,13 @@ def _architectures(config: Config) -> Iterator[tuple[str, WanConfig]]:
     if config.model.architecture:
         yield "model.architecture", config.model.architecture
         return
-    for key, path in dict(map(config.role_source, METHODS[config.method.name].roles)).items():
+    for key, path in dict(map(config.role_source, config.method.roles)).items():
         with contextlib.suppress(ValueError, OSError):  # told by _check_weights
             yield key, folder.read_config(Path(path or ""))
 
 
 def _check_attention(config: Config) -> Problems:
-    roles = METHODS[config.method.name].roles
+    roles = config.method.roles
     sparse = [role for role, kind in vars(config.model.attention).items() if kind == "vsa"]
     for role in sparse:
         if role not in roles:
@@ -277,7 +283,7 @@ def _check_prompts(config: Config) -> Problems:
 
 
 CHECKS: dict[Callable[[Config], Problems], set[str]] = {  # by the tables that each reads
-    _check_unused: {"method", "teacher", "critic", "rollout"},
+    _check_unused: {"method", "teacher", "critic", "rollout", "ema"},
     _check_optim: {"method", "optim"},
     _check_weights: {"method", "model", "teacher", "critic"},
     _check_data: {"method", "model", "teacher", "critic", "rollout", "data"},

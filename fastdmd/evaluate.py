@@ -29,11 +29,11 @@ def validation_weights(run: "Run") -> Iterator[None]:
     if run.ema is None or run.config.validation.weights == "student":
         yield
         return
-    parameters = dict(run.nets["student"].net.named_parameters())
+    net = run.nets["student"].net
+    parameters = dict(net.named_parameters())
     kept = {name: p.detach().clone() for name, p in parameters.items()}
     try:
-        for name, p in parameters.items():
-            p.data.copy_(run.ema.shadow[name])
+        run.ema.copy_to(net)
         yield
     finally:
         for name, p in parameters.items():
@@ -47,7 +47,9 @@ def samplers(run: "Run") -> dict[str, Sampler]:
     w = run.method.guidance if config.teacher_guidance is None else config.teacher_guidance
     if times is None:
         return {"student": validate.ode_sampler(student, run.schedule, config.teacher_steps, w)}
-    found = {"student": validate.student_sampler(student, times)}
+    found: dict[str, Sampler] = {
+        "student": lambda noise, cond, uncond, rng: run.method.sample(run.nets, noise, cond, rng)
+    }
     if teacher is not None:
         found["teacher_50"] = validate.ode_sampler(teacher, run.schedule, config.teacher_steps, w)
         found["teacher_few"] = validate.ode_sampler(teacher, run.schedule, len(times), w)

@@ -150,6 +150,13 @@ class EMA:
         torch._foreach_lerp_(shadow, masters, weight)  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
+    def copy_to(self, net: nn.Module) -> None:
+        """The shadow into a network's parameters of the same names."""
+        parameters = dict(net.named_parameters())
+        for name, shadow in self.shadow.items():
+            parameters[name].copy_(shadow)
+
+    @torch.no_grad()
     def load(self, state: Mapping[str, Tensor], updates: int) -> None:
         self.updates = updates
         for name, shadow in self.shadow.items():

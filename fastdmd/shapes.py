@@ -160,7 +160,7 @@ class AnalyticDenoiser:
         self.schedule = schedule
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        c = coeffs(self.schedule, t, x_t.device)
+        c = coeffs(self.schedule, t, x_t)
         alpha, var = per_sample(c.alpha, x_t), per_sample(c.sigma, x_t).square()
         which = caption_index(cond.text)
         mask = templates(*x_t.shape[2:])[which].to(x_t)  # [B, T, H, W]

@@ -23,12 +23,13 @@ from fastdmd.evaluate import finish, validate_step
 from fastdmd.hardware import peak_flops, peak_memory_gb
 from fastdmd.log import Progress, RunLog
 from fastdmd.methods import Method
+from fastdmd.methods.method import TRAINABLE
 from fastdmd.models import folder
 from fastdmd.models.wan import Wan
 from fastdmd.optim import EMA, Optimizer
 from fastdmd.precision import pick_device
 from fastdmd.rng import Rng
-from fastdmd.schedule import FlowSchedule
+from fastdmd.schedule import Schedule
 from fastdmd_kernels.attention import prepare
 
 
@@ -48,7 +49,7 @@ class Run:
     device: torch.device
     world: World
     method: Method
-    schedule: FlowSchedule
+    schedule: Schedule
     nets: dict[str, Denoiser]
     optimizers: dict[str, Optimizer]
     ema: EMA | None
@@ -65,15 +66,20 @@ class Run:
 def build(config: Config) -> Run:
     """Networks, data and optimizers of a run, at step 0."""
     device, dtype = pick_device(config.run.device), config.precision.dtype
-    schedule = FlowSchedule(config.schedule.flow_shift)
-    method, nets, optimizers = config.make_method(), {}, {}
-    for role, how in method.roles.items():
-        net = make_net(config, role, device)
-        masters = net.cast(dtype)
-        if how == "train":
-            net.checkpointing = config.memory.checkpointing == "full"
+    schedule, method = config.make_schedule(), config.make_method()
+    nets, optimizers = {}, {}
+    for role, how in config.method.roles.items():
+        if how == "heads":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.run.seed)
+                net, masters = method.make_heads(nets).to(device), {}
+        else:
+            net = make_net(config, role, device)
+            net.checkpointing = how == "train" and config.memory.checkpointing == "full"
+            prepare(device, dtype, net.config.attention_head_dim)
+            masters = net.cast(dtype)
+        if role in TRAINABLE:
             optimizers[role] = Optimizer(net, config.optim[role], config.run.max_steps, masters)
-        prepare(device, dtype, net.config.attention_head_dim)
         nets[role] = Denoiser(net.requires_grad_(False), schedule)
     ema = EMA(optimizers["student"].masters, config.ema) if config.ema else None
     world = make_world(config.data, config.model.path, device, dtype)
@@ -91,6 +97,14 @@ def make_net(config: Config, role: str, device: torch.device) -> Wan:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         return Wan(config.model.architecture, tile).start_from_scratch().to(device)
+
+
+def follow_average(run: Run) -> None:
+    """Bring the networks that are the student's average up to it."""
+    for role, how in run.config.method.roles.items():
+        if how == "ema":
+            assert run.ema
+            run.ema.copy_to(run.nets[role].net)
 
 
 def set_sparsity(run: Run) -> None:
@@ -146,35 +160,38 @@ def take_step(run: Run) -> dict[str, float]:
     carries: list[dict[str, Any]] = [{} for _ in batches]
     phases = run.method.phases(run.step)
     for index, phase in enumerate(phases):
+        trained = run.method.trains(phase)
         for role, denoiser in run.nets.items():
-            denoiser.requires_grad_(role == phase)
+            denoiser.requires_grad_(role in trained)
         losses = []
         for micro, batch, carry in zip(samples, batches, carries, strict=True):
             rng = Rng(config.seed, run.step, f"{phase}{index}", micro, run.device)
             loss, metrics = run.method.loss(phase, run.nets, batch, rng, carry)
             (loss / config.grad_accum).backward()
             losses.append({f"loss_{phase}": loss.detach(), **metrics})
-        norm = run.optimizers[phase].clip()
-        means = {name: torch.stack([each[name] for each in losses]).mean() for name in losses[0]}
+        found = {name: torch.stack([each[name] for each in losses]).mean() for name in losses[0]}
+        found |= {f"grad_norm_{role}": run.optimizers[role].clip() for role in trained}
         # the one read of the device in a phase: nothing that is not finite may reach the weights
-        read = dict(zip([*means, f"grad_norm_{phase}"], torch.stack([*means.values(), norm]).tolist(), strict=True))
+        read = dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
         if not all(map(math.isfinite, read.values())):
             raise Diverged(dump_nonfinite(run, phase, index, read, batches))
-        run.optimizers[phase].step(run.step)
+        for role in trained:
+            run.optimizers[role].step(run.step)
         values |= {f"train/{name}": value for name, value in read.items()}
     run.step += 1
     set_sparsity(run)
     if run.ema and "student" in phases:
         run.ema.update(run.step)
+        follow_average(run)
     return values
 
 
 def dump_nonfinite(run: Run, phase: str, index: int, read: Mapping[str, float], batches: list[Batch]) -> str:
     """Save what reproduces a step that was not finite, and say which tensor it was."""
-    grads = run.optimizers[phase].params
-    bad = [
-        f"gradient of {phase}.{name}" for name, p in grads.items() if p.grad is not None and not p.grad.isfinite().all()
-    ]
+    grads = {
+        f"{role}.{name}": p.grad for role in run.method.trains(phase) for name, p in run.optimizers[role].params.items()
+    }
+    bad = [f"gradient of {name}" for name, grad in grads.items() if grad is not None and not grad.isfinite().all()]
     bad = [name for name, value in read.items() if not math.isfinite(value)] + bad
     path = run.folder / f"nonfinite_{run.step + 1:08d}"
     path.mkdir(parents=True, exist_ok=True)
@@ -227,6 +244,7 @@ def restore(run: Run) -> None:
     if run.ema:
         run.ema.load(tensors["ema"], manifest["ema_updates"])
     run.step, run.seconds, run.recent = manifest["step"], manifest["seconds"], manifest["recent"]
+    follow_average(run)
     set_sparsity(run)
 
 

@@ -15,7 +15,6 @@ from fastdmd.denoiser import Batch, Cond, Denoiser
 from fastdmd.models import folder
 from fastdmd.models.wan import Wan
 from fastdmd.rng import Rng
-from fastdmd.schedule import FlowSchedule
 
 
 class MetaRng(Rng):
@@ -27,8 +26,8 @@ class MetaRng(Rng):
 
 def step_on_meta(config: Config, sparsity: float) -> None:
     """Every phase of a step, forward and backward, with one of the networks' equal blocks."""
-    method, nets = config.make_method(), {}
-    for role in method.roles:
+    method, schedule, nets = config.make_method(), config.make_schedule(), {}
+    for role in config.method.roles:
         path, tile = config.role_path(role), config.role_tile(role)
         architecture = folder.read_config(Path(path)) if path else config.model.architecture
         assert architecture  # the configuration was checked
@@ -36,13 +35,13 @@ def step_on_meta(config: Config, sparsity: float) -> None:
             net = Wan(replace(architecture, num_layers=1), tile)
         net.cast(config.precision.dtype)
         net.sparsity = sparsity if tile else 0.0
-        nets[role] = Denoiser(net, FlowSchedule(config.schedule.flow_shift))
+        nets[role] = Denoiser(net, schedule)
     B, shape = config.run.batch_size, config.data.latent_shape()
     text = Cond(torch.empty(B, 8, nets["student"].net.config.text_dim, device="meta"))
     batch, carry = Batch(text, text, shape, torch.empty(B, *shape, device="meta")), {}
     for index, phase in enumerate(dict.fromkeys(method.phases(0))):
         for role, denoiser in nets.items():
-            denoiser.requires_grad_(role == phase)
+            denoiser.requires_grad_(role in method.trains(phase))
         rng = MetaRng(config.run.seed, 0, f"{phase}{index}", range(B), "cpu")
         loss, _ = method.loss(phase, nets, batch, rng, carry)
         loss.backward()

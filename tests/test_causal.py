@@ -286,7 +286,7 @@ def test_a_step_of_self_forcing_has_no_float64_and_no_sync(dtype):
     """On the meta device, which refuses whatever would have to read a value."""
     method = DMD(
         DMD.Config(name="dmd", denoising_timesteps=(1000, 757, 522), guidance=3.0),
-        flow_shift=5.0,
+        FlowSchedule(5.0),
         rollout=Config(**BASE, shared_exit_step=False, context_noise=0.1, grad_frames=3),
         critic=CriticConfig(),
     )

@@ -3,14 +3,13 @@
 The student's loss is the KL between its samples and the teacher's, by the difference of two scores at noised samples.
 """
 
-from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor
 
-from fastdmd.denoiser import Batch, Denoiser
+from fastdmd.denoiser import Batch
+from fastdmd.methods.method import Carry, Loss, Nets
 from fastdmd.methods.score_distillation import ScoreConfig, ScoreDistillation
 from fastdmd.rng import Rng
 from fastdmd_kernels import dmd_loss
@@ -24,9 +23,7 @@ class Config(ScoreConfig):
 class DMD(ScoreDistillation):
     Config = Config
 
-    def loss(
-        self, phase: str, nets: Mapping[str, Denoiser], batch: Batch, rng: Rng, carry: MutableMapping[str, Any]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng, carry: Carry) -> Loss:
         if phase == "critic":
             return self.critic_loss(nets, batch, rng, carry)
         made = self.rollout(nets, batch, rng, carry, grad=True)

@@ -8,7 +8,7 @@ set and self-attention is video sparse attention. No attention sees the order, a
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -285,30 +285,47 @@ class Wan(nn.Module):
         return x.reshape(*x.shape[:2], gt * pt, gh * ph, gw * pw)
 
     def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond) -> Tensor:
+        return self.features(x_t, model_t, cond, ())[0]
+
+    def features(
+        self, x_t: Tensor, model_t: Tensor, cond: Cond, layers: Collection[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """F, and the hidden states [B, D, T, H, W] (of the token grid, float32) after the blocks of these indices."""
         rope = rope_table(self.grid(x_t.shape), self.config.attention_head_dim, self.tile, x_t.device)
         time, modulation, text = self.embed(model_t, cond)
-        return self.trunk(x_t, time[:, None], modulation[:, :, None], text, rope, [attention] * len(self.blocks))
+        attends = [attention] * len(self.blocks)
+        return self.trunk(x_t, time[:, None], modulation[:, :, None], text, rope, attends, layers)
 
     def embed(self, model_t: Tensor, cond: Cond) -> tuple[Tensor, Tensor, Tensor]:
         """Times [B] and text -> time [B, D], block modulation [B, 6, D], text [B, S, D]."""
         return self.condition_embedder(model_t, cond.text.to(self.patch_embedding.weight.dtype))
 
     def trunk(
-        self, x_t: Tensor, time: Tensor, modulation: Tensor, text: Tensor, rope: Tensor, attends: Sequence[Attend]
-    ) -> Tensor:
-        """F of x_t [B, C, T, H, W]. time [B, M, D], modulation [B, 6, M, D], text [B, S, D], rope [2, L, 1, K/2], and
-        how each block attends to its q, k, v where attention is dense."""
-        grid, weight = self.grid(x_t.shape), self.patch_embedding.weight
+        self,
+        x_t: Tensor,
+        time: Tensor,
+        modulation: Tensor,
+        text: Tensor,
+        rope: Tensor,
+        attends: Sequence[Attend],
+        layers: Collection[int] = (),
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`features` of x_t [B, C, T, H, W]. time [B, M, D], modulation [B, 6, M, D], text [B, S, D],
+        rope [2, L, 1, K/2], and how each block attends to its q, k, v where attention is dense."""
+        grid, found, weight = self.grid(x_t.shape), [], self.patch_embedding.weight
         x = nnf.linear(self.patchify(x_t, grid).to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
         sparse = self.sparse(grid)
-        for block, attend in zip(self.blocks, attends, strict=True):
+        for index, (block, attend) in enumerate(zip(self.blocks, attends, strict=True)):
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, text, modulation, rope, sparse, attend, use_reentrant=False)
             else:
                 x = block(x, text, modulation, rope, sparse, attend)
+            if index in layers:
+                raster = x if self.tile is None else Tiles(grid, self.tile).to_raster_order(x, 1)
+                found.append(raster.float().transpose(1, 2).unflatten(2, grid))
         shift, scale = (self.scale_shift_table[:, :, None] + time[:, None]).unbind(1)  # [B, M, D]
         x = (layer_norm(x, self.config.eps) * (1 + scale) + shift).to(x.dtype)
-        return self.unpatchify(self.proj_out(x), grid)
+        return self.unpatchify(self.proj_out(x), grid), found
 
     def cast(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Round parameters to the compute dtype in place, but for what diffusers keeps in float32: time embedder, norm2

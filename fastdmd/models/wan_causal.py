@@ -117,7 +117,7 @@ class CausalWan(Wan):
         rope = rope_table(cache.grid, self.config.attention_head_dim, None, x_t.device)[:, start:stop]
         time, modulation, text = self.embed(model_t, cond)
         attends = [partial(cache.attend, i, start, cache.video, write) for i in range(self.config.num_layers)]
-        F = self.trunk(x_t, time[:, None], modulation[:, :, None], text, rope, attends)
+        F, _ = self.trunk(x_t, time[:, None], modulation[:, :, None], text, rope, attends)
         if write:
             cache.tokens = stop
         return F
@@ -141,7 +141,8 @@ class CausalWan(Wan):
         modulation = per_token(modulation.unflatten(0, (B, n)), lengths).transpose(1, 2)
         rope = rope_table(grid, self.config.attention_head_dim, None, x_t.device)
         attend = partial(masked_attention, mask=block_causal_mask(lengths, x_t.device))
-        return self.trunk(x_t, time, modulation, text, rope, [attend] * self.config.num_layers)
+        F, _ = self.trunk(x_t, time, modulation, text, rope, [attend] * self.config.num_layers)
+        return F
 
     def flops(self, shape: Iterable[int], text_tokens: int, cached: int = 0) -> int:
         """As Wan's, of a block that also sees `cached` tokens of the blocks before it."""
