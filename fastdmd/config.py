@@ -262,12 +262,14 @@ def _check_attention(config: Config) -> Problems:
 def _check_frames(config: Config) -> Problems:
     rollout, data, frames = config.rollout or RolloutConfig(), config.data, config.data.latent_frames()
     block, kept = rollout.frames_per_block, rollout.grad_frames
-    if block and block > 0 and frames % block:
-        near = [data.frames_for(n) for n in (frames // block * block, (frames // block + 1) * block) if n > 0]
+    first = int(rollout.independent_first_frame)
+    if block and block > 0 and frames > 0 and (frames - first) % block:
+        below = frames - (frames - first) % block
+        near = [data.frames_for(n) for n in (below, below + block) if n > 0]
         yield (
             "data.frames",
-            f"{data.frames} gives {frames} latent frames, not a multiple of rollout.frames_per_block = {block}; "
-            f"nearest: {' or '.join(map(str, near))}",
+            f"{data.frames} gives {frames} latent frames, not {'1 + ' * first}a multiple of rollout.frames_per_block = "
+            f"{block}; nearest: {' or '.join(map(str, near))}",
         )
     if kept and frames > 0 and kept > frames:
         yield "rollout.grad_frames", f"{kept} is over the {frames} latent frames; use at most {frames}"

@@ -68,7 +68,7 @@ class Denoiser(nn.Module):
     def features(self, x_t: Tensor, t: Tensor, cond: Cond, layers: Collection[int]) -> tuple[Tensor, list[Tensor]]:
         """F as `raw` gives it, and float32 maps [B, D, ..] of its inside after each of the blocks `layers`."""
         F, maps = self.net.features(x_t, coeffs(self.schedule, t, x_t).model_t, cond, layers)
-        self._count(F, x_t, cond)
+        self._count(F, self.net.flops(x_t.shape, cond.text.shape[1]))
         return wide(F), maps
 
     def x0(self, x_t: Tensor, t: Tensor, F: Tensor) -> Tensor:
@@ -80,12 +80,20 @@ class Denoiser(nn.Module):
         """x0 [B, C, ..] float32."""
         return self.x0(x_t, t, self.raw(x_t, t, cond))
 
+    def block(self, x_t: Tensor, t: Tensor, cond: Cond, cache: Any, write: bool = False) -> Tensor:
+        """x0 of the frames that follow those in a causal network's cache; `write` adds them to it."""
+        flops = self.net.flops(x_t.shape, cond.text.shape[1], cache.tokens)  # before the cache grows
+        F = wide(self.net.forward_block(x_t, coeffs(self.schedule, t, x_t).model_t, cond, cache, write))
+        self._count(F, flops)
+        return self.x0(x_t, t, F)
+
     def _call(self, x_t: Tensor, model_t: Tensor, cond: Cond) -> Tensor:
         F = wide(self.net(x_t, model_t, cond))
-        self._count(F, x_t, cond)
+        self._count(F, self.net.flops(x_t.shape, cond.text.shape[1]))
         return F
 
-    def _count(self, F: Tensor, x_t: Tensor, cond: Cond) -> None:
+    def _count(self, F: Tensor, flops: int) -> None:
+        """A forward that gave F, and the backward that it will have."""
         # a backward costs one forward for the inputs and one for the parameters
         backward = F.requires_grad * (1 + any(p.requires_grad for p in self.net.parameters()))
-        self.flops += self.net.flops(x_t.shape, cond.text.shape[1]) * (1 + backward)
+        self.flops += flops * (1 + backward)
