@@ -3,7 +3,7 @@
 B batch; latents are [B, C, ..]; times are float64 [B] on the host.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,11 +50,19 @@ class Batch:
 class Denoiser(nn.Module):
     """(x_t, t, cond) -> x0. `F` is the raw output; the arithmetic around the network is as `wide` as the latents."""
 
-    def __init__(self, net: nn.Module, schedule: Schedule) -> None:
+    def __init__(self, net: nn.Module, schedule: Schedule, trainable: Mapping[str, nn.Parameter] | None = None) -> None:
+        """`trainable`: the parameters that may learn, by name; absent: all."""
         super().__init__()
         self.net: Any = net  # a models.Net
         self.schedule = schedule
+        self.trainable = dict(net.named_parameters()) if trainable is None else trainable
         self.flops = 0  # of all calls so far with their backward, counted on the host; the trainer reads it
+
+    def learn(self, on: bool) -> None:
+        """Whether gradients are made for the trainable parameters; the others never get one."""
+        self.net.requires_grad_(False)
+        for parameter in self.trainable.values():
+            parameter.requires_grad_(on)
 
     def raw(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """F [B, C, ..] float32 of x_t at times t."""

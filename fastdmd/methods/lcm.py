@@ -24,6 +24,7 @@ SIGMA_DATA = 0.5
 @dataclass(frozen=True, kw_only=True)
 class Config:
     uses: ClassVar = ()
+    needs_latents: ClassVar = True
 
     name: Literal["lcm"]
     denoising_timesteps: tuple[float, ...]  # the student's steps, 1000 t; index n of SDXL is n + 1

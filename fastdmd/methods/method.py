@@ -22,6 +22,16 @@ class MethodConfig(Protocol):
     uses: ClassVar[tuple[str, ...]]  # config tables beside [method]
 
     @property
+    def needs_latents(self) -> bool:
+        """Whether it trains on clean latents, or on prompts alone."""
+        ...
+
+    @property
+    def guidance_embedding(self) -> bool:
+        """Whether the student is told its guidance."""
+        ...
+
+    @property
     def name(self) -> str: ...
 
     @property

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdmd import rollout as rollouts
+from fastdmd.causal import sample_blocks
 from fastdmd.denoiser import Batch, Cond, Denoiser, guide
 from fastdmd.methods.method import Carry, Loss, Method, Nets
 from fastdmd.rng import Rng
@@ -42,6 +43,8 @@ class ScoreConfig:
     """Keys of [method] that DMD and SiD share."""
 
     uses: ClassVar = ("critic", "rollout")
+    needs_latents: ClassVar = False
+    guidance_embedding: ClassVar = False
     roles: ClassVar = {"student": "train", "teacher": "frozen", "critic": "train"}
 
     denoising_timesteps: tuple[float, ...]  # the student's steps, model timesteps in (0, 1000], descending
@@ -89,7 +92,10 @@ class ScoreDistillation(Method):
         return (("student",) if step % self.rollouts_per_generator == 0 else ()) + self.critic_phases
 
     def sample(self, nets: Nets, noise: Tensor, cond: Cond, rng: Rng) -> Tensor:
-        return renoise(nets["student"], self.schedule, noise, self.times, cond, rng)
+        student, how = nets["student"], self.rollout_config
+        if how.mode == "causal":
+            return sample_blocks(student, noise, self.times, how.blocks(noise.shape[2]), how.context_noise, cond, rng)
+        return renoise(student, self.schedule, noise, self.times, cond, rng)
 
     def rollout(self, nets: Nets, batch: Batch, rng: Rng, carry: Carry, grad: bool) -> rollouts.Rollout:
         """The step's rollout: made by its first phase, without gradient for the others."""

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdmd.denoiser import Cond
 from fastdmd_kernels import topk_for, video_sparse_attention
-from fastdmd_kernels.attention import attention
+from fastdmd_kernels.attention import attention, prepare
 from fastdmd_kernels.tiles import N_VALID_BITS, Grid, Tiles
 
 Sparse = tuple[Tiles, int]  # the geometry, and the key tiles that each query tile keeps
@@ -45,6 +45,19 @@ class WanConfig:
     @property
     def width(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def grain(self) -> Grid:
+        """Latents along T, H, W have to be multiples of it."""
+        return self.patch_size
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        for name, value in vars(self).items():
+            least = min(value) if isinstance(value, tuple) else value
+            if least <= 0 and value is not False:
+                yield name, f"{list(value) if isinstance(value, tuple) else value} is not positive; use 1 or more"
+            elif name in ("attention_head_dim", "freq_dim") and least % 2:
+                yield name, f"{least} is odd; use {least + 1}, as channels turn in pairs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,6 +339,10 @@ class Wan(nn.Module):
         shift, scale = (self.scale_shift_table[:, :, None] + time[:, None]).unbind(1)  # [B, M, D]
         x = (layer_norm(x, self.config.eps) * (1 + scale) + shift).to(x.dtype)
         return self.unpatchify(self.proj_out(x), grid), found
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Choose the dense attention before the first step."""
+        prepare(device, dtype, self.config.attention_head_dim)
 
     def cast(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Round parameters to the compute dtype in place, but for what diffusers keeps in float32: time embedder, norm2
