@@ -291,7 +291,7 @@ def test_a_step_of_self_forcing_has_no_float64_and_no_sync(dtype):
         critic=CriticConfig(),
     )
     nets = {}
-    for role in method.roles:
+    for role in method.config.roles:
         with torch.device("meta"):
             net = (CausalWan if role == "student" else Wan)(CONFIG)
         net.cast(dtype)
