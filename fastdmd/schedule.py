@@ -119,10 +119,6 @@ class VPSchedule:
         n = len(self.alphas_cumprod)
         return (t * n - 1).round().clamp(0, n - 1)
 
-    def solver_grid(self, steps: int) -> Tensor:
-        """The times of DDIM, float64 [steps + 1]: indices 1000 n / steps - 1 downwards, and the clean end."""
-        return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-
     def alpha(self, t: Tensor) -> Tensor:
         return self.alphas_cumprod[self.model_t(t).long()].sqrt()
 
@@ -138,6 +134,15 @@ class VPSchedule:
             return eps
         c = coeffs(self, t, x0)
         return per_sample(c.alpha, x0) * eps - per_sample(c.sigma, x0) * x0
+
+    def solver_grid(self, steps: int) -> Tensor:
+        """The times of a DDIM solver, float64 [steps + 1] from 1 to 0: n / steps for n = steps .. 0.
+
+        Their indices are 1000 n / steps - 1, LCM's t_n, rounded where steps do not divide 1,000. Time 0 has no index
+        of its own and takes the first: a solver ends at alphas_cumprod[0], slightly noisy, and not at alpha 1. Where
+        steps divide, it is diffusers' grid of `timestep_spacing = "trailing"`, `set_alpha_to_one = False`.
+        """
+        return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
 
 
 def shift(u: Tensor, k: float) -> Tensor:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from fastdmd import config as configs
 from fastdmd.cli import app
-from fastdmd.models import folder
+from fastdmd.models import component
 
 RUN = """\
 [run]
@@ -123,7 +123,7 @@ def nothing_loads(place, monkeypatch):
         pytest.fail("loaded before the configuration was checked")
 
     monkeypatch.chdir(place)
-    monkeypatch.setattr(folder, "load_file", load)
+    monkeypatch.setattr(component, "load_file", load)
     monkeypatch.setattr(torch.nn.Module, "__init__", load)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)

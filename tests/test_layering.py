@@ -51,7 +51,7 @@ def models_know_no_method(module, text):
 
 def libraries_of_models_stay_there(module, text):
     if not under(module, "fastdmd.models", "fastdmd.encode"):
-        yield from (name for name in imported(module, text) if under(name, "diffusers", "transformers"))
+        yield from (name for name in imported(module, text) if under(name, "diffusers", "transformers", "peft"))
 
 
 def environment_is_read_in_three_places(module, text):
@@ -114,6 +114,7 @@ RULES = {
     libraries_of_models_stay_there: [
         ("fastdmd.data", "from diffusers import WanPipeline"),
         ("fastdmd.methods.dmd", "import transformers.models"),
+        ("fastdmd.train", "import peft"),
     ],
     environment_is_read_in_three_places: [
         ("fastdmd.train", "import os\nrank = os.environ['RANK']"),
