@@ -60,7 +60,7 @@ class KVCache:
         return attention(q, torch.cat([held_k[:, :start], k], 1), torch.cat([held_v[:, :start], v], 1))
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=1)  # L^2 bytes each
 def block_causal_mask(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """bool [L, L], True where query token (row) sees key token: in its own block of tokens or one before."""
     block = torch.cat([torch.full((length,), i) for i, length in enumerate(lengths)])
