@@ -163,7 +163,7 @@ class Config:
     def role_options(self, role: str) -> Options:
         """What a role's network has beside its weights."""
         like = "student" if role == "target" else role
-        sparse = self.vsa is not None and getattr(self.model.attention, like, "dense") == "vsa"
+        sparse = self.vsa is not None and vars(self.model.attention).get(like) == "vsa"
         rolls = self.rollout is not None and self.rollout.mode == "causal"
         return Options(
             tile=self.vsa.tile if self.vsa and sparse else None,
@@ -268,7 +268,7 @@ def _check_family(config: Config) -> Problems:
 
 def _check_lora(config: Config) -> Problems:
     if config.student.train == "lora" and config.lora is None:
-        yield "lora", "student.train = 'lora' needs it; add the table [lora] with rank, alpha and targets"
+        yield "lora", "missing; student.train = 'lora' needs it: add the table [lora] with rank, alpha and targets"
     if config.lora is not None and config.student.train != "lora":
         yield "lora", "no role uses it; set student.train = 'lora' too, or remove the table"
 
