@@ -136,6 +136,11 @@ class ScoreDistillation(Method):
         frames = torch.arange(x0.shape[2], device=x0.device) >= x0.shape[2] - k
         return frames.view(1, 1, -1, 1, 1)
 
+    def last_frames(self, x0: Tensor) -> Tensor:
+        """x0 with gradient in the elements of `mask` only."""
+        mask = self.mask(x0)
+        return x0 if mask is None else torch.where(mask, x0, x0.detach())
+
     def critic_loss(self, nets: Nets, batch: Batch, rng: Rng, carry: Carry) -> Loss:
         """mean((F_critic(z, s) - target)^2) on the student's samples, conditional unless `critic_train_guidance`."""
         made = self.rollout(nets, batch, rng, carry, grad=False)
