@@ -141,8 +141,8 @@ class Config:
 
     def role_tile(self, role: str) -> Grid | None:
         """The tile of a role's sparse attention; None when it is dense."""
-        like = "student" if role == "target" else role
-        return self.vsa.tile if self.vsa and getattr(self.model.attention, like) == "vsa" else None
+        like = "student" if role in ("target", "semantic") else role  # its average, and the student of another run
+        return self.vsa.tile if self.vsa and vars(self.model.attention).get(like) == "vsa" else None
 
     def role_path(self, role: str) -> str | None:
         return self.role_source(role)[1]
@@ -219,8 +219,9 @@ def _check_data(config: Config) -> Problems:
     if data.builtin and path and (Path(path) / "text_encoder").is_dir():
         yield "data.sources", f"'shapes' has no text for the text_encoder/ of {path!r}; name files with a prompt a line"
         return
-    if not data.builtin and (config.method.name == "flow" or (config.rollout and config.rollout.mode == "data")):
-        yield "data.sources", "prompt files have no latents; use 'shapes', or dmd with rollout.mode = 'bidirectional'"
+    if not data.builtin and (config.method.needs_latents or (config.rollout and config.rollout.mode == "data")):
+        remedy = "use 'shapes', or dmd with rollout.mode = 'bidirectional' and gan_weight = 0"
+        yield "data.sources", f"prompt files have no latents; {remedy}"
         return
     parts = () if data.builtin or not path else ("text_encoder", "tokenizer", "vae")
     if absent := [part for part in parts if not (Path(path or "") / part).is_dir()]:

@@ -268,7 +268,7 @@ def reopen(path: Path) -> Run:
 def export_student(path: Path, out: Path) -> None:
     """The student of a run's newest checkpoint, under its validation weights, as a diffusers pipeline folder."""
     run = reopen(path)
-    config, times = run.config, run.method.times
+    config, times = run.config, run.method.times if run.method.renoises else None
     ema = run.ema if config.validation.weights == "ema" else None
     weights = ema.shadow if ema else run.optimizers["student"].masters
     net = run.nets["student"].net

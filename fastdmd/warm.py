@@ -25,14 +25,19 @@ class MetaRng(Rng):
 
 
 def step_on_meta(config: Config, sparsity: float) -> None:
-    """Every phase of a step, forward and backward, with one of the networks' equal blocks."""
+    """Every phase of a step, forward and backward, with one of the networks' equal blocks; with all for heads."""
     method, schedule, nets = config.make_method(), config.make_schedule(), {}
-    for role in config.method.roles:
+    roles = config.method.roles
+    for role, how in roles.items():
+        if how == "heads":
+            with torch.device("meta"):
+                nets[role] = Denoiser(method.make_heads(nets), schedule)
+            continue
         path, tile = config.role_path(role), config.role_tile(role)
         architecture = folder.read_config(Path(path)) if path else config.model.architecture
         assert architecture  # the configuration was checked
         with torch.device("meta"):
-            net = Wan(replace(architecture, num_layers=1), tile)
+            net = Wan(architecture if "heads" in roles.values() else replace(architecture, num_layers=1), tile)
         net.cast(config.precision.dtype)
         net.sparsity = sparsity if tile else 0.0
         nets[role] = Denoiser(net, schedule)

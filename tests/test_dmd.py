@@ -103,10 +103,10 @@ def test_critic_of_an_eps_model_learns_eps():
 
 
 def test_every_key_has_a_test():
-    """The rest: updates_per_* and path below, causal rollouts beside them."""
+    """The rest: updates_per_* and path below, causal rollouts beside them, gan_* in test_gan.py."""
     keys = {field.name for cls in (Config, CriticConfig, rollouts.Config) for field in fields(cls)}
     elsewhere = {"updates_per_generator", "updates_per_rollout", "path", "name", "frames_per_block"}
-    assert keys == OVERRIDES.keys() | elsewhere
+    assert keys == OVERRIDES.keys() | elsewhere | {"gan_weight", "gan_critic_weight", "gan_layers"}
 
 
 # --------------------------------------------------------------- who is called, and who learns

@@ -69,6 +69,10 @@ teacher_steps = 2
 [logging]
 every = 1
 """
+# of the semantic expert; for the detail expert see DETAIL
+DCM_KEYS = 'expert = "semantic"\nguidance = 3.0\ntarget = "ema"\ntemporal_weight = 1.0\ntemporal_lag = 1'
+DCM = FLOW.replace('name = "flow"', f'name = "dcm"\n{DCM_KEYS}')
+DETAIL = ("method.expert='detail'", "method.detail_timesteps=[800, 400]", "optim.disc.lr=1e-3")
 DMD = (
     FLOW.replace('name = "flow"', 'name = "dmd"\ndenoising_timesteps = [1000, 757, 522]\nguidance = 3.0')
     + """
@@ -96,7 +100,7 @@ def write_toml(here: Path, method: str) -> Path:
     """here/METHOD.toml; its model is here/wan and its output_dir here/run."""
     write_wan(here / "wan")
     path = here / f"{method}.toml"
-    path.write_text({"flow": FLOW, "dmd": DMD}[method].format(here=here), encoding="utf-8")
+    path.write_text({"flow": FLOW, "dmd": DMD, "dcm": DCM}[method].format(here=here), encoding="utf-8")
     return path
 
 

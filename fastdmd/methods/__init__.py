@@ -1,5 +1,6 @@
 """The objectives, by the name in [method]."""
 
+from fastdmd.methods.dcm import DCM
 from fastdmd.methods.dmd import DMD
 from fastdmd.methods.flow import Flow
 from fastdmd.methods.method import Method, MethodConfig, Role
@@ -7,4 +8,4 @@ from fastdmd.methods.sid import SiD
 
 __all__ = ["METHODS", "Method", "MethodConfig", "Role"]
 
-METHODS = {"dmd": DMD, "sid": SiD, "flow": Flow}
+METHODS = {"dmd": DMD, "sid": SiD, "dcm": DCM, "flow": Flow}

@@ -19,6 +19,7 @@ class Config:
     name: Literal["flow"]
     uses: ClassVar = ()
     roles: ClassVar = {"student": "train"}
+    needs_latents: ClassVar = True
     timestep_distribution: Literal["uniform", "logit_normal"] = "uniform"
 
 
