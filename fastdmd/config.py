@@ -162,7 +162,7 @@ class Config:
 
     def role_options(self, role: str) -> Options:
         """What a role's network has beside its weights."""
-        like = "student" if role == "target" else role
+        like = "student" if role in ("target", "semantic") else role  # its average, and the student of another run
         sparse = self.vsa is not None and vars(self.model.attention).get(like) == "vsa"
         rolls = self.rollout is not None and self.rollout.mode == "causal"
         return Options(
@@ -280,7 +280,8 @@ def _check_data(config: Config) -> Problems:
         yield "data.sources", f"'shapes' has no text for the text_encoder/ of {path!r}; name files with a prompt a line"
         return
     if not data.builtin and (config.method.needs_latents or (config.rollout and config.rollout.mode == "data")):
-        yield "data.sources", "prompt files have no latents; use 'shapes', or dmd with rollout.mode = 'bidirectional'"
+        remedy = "use 'shapes', or dmd with rollout.mode = 'bidirectional' and gan_weight = 0"
+        yield "data.sources", f"prompt files have no latents; {remedy}"
         return
     parts = () if data.builtin or not path else config.family.frozen
     if absent := [part for part in parts if not (Path(path or "") / part).is_dir()]:

@@ -24,14 +24,19 @@ class MetaRng(Rng):
 
 
 def step_on_meta(config: Config, sparsity: float) -> None:
-    """Every phase of a step, forward and backward, with one of the networks' equal blocks."""
+    """Every phase of a step, forward and backward, with one of the networks' equal blocks; with all for heads."""
     method, schedule, nets = config.make_method(), config.make_schedule(), {}
-    for role in config.method.roles:
+    roles = config.method.roles
+    for role, how in roles.items():
+        if how == "heads":
+            with torch.device("meta"):
+                nets[role] = Denoiser(method.make_heads(nets), schedule)
+            continue
         path, options = config.role_path(role), config.role_options(role)
         scratch = config.model.scratch
         architecture = config.family.read_config(Path(path)) if path else scratch and scratch[1]
         assert architecture  # the configuration was checked
-        if isinstance(architecture, WanConfig):
+        if isinstance(architecture, WanConfig) and "heads" not in roles.values():
             architecture = replace(architecture, num_layers=1)
         with torch.device("meta"):
             net = config.family.make(architecture, options)

@@ -181,7 +181,7 @@ def test_all_faults_are_told_at_once_in_the_order_of_the_file():
     assert told(text.replace("frames = 81", "frames = 121"), "run.seed='a'") == [
         "command line: run.seed: 'a' is not a whole number; e.g. seed = 0",
         "run.toml:4: run.batch_size: 0 is not positive; use 1 or more",
-        "run.toml:14: method.name: 'dmb' is not one of dmd, sid, lcm, flow; did you mean 'dmd'?",
+        "run.toml:14: method.name: 'dmb' is not one of dmd, sid, dcm, lcm, flow; did you mean 'dmd'?",
         "run.toml:22: optim.student.lrr: unknown key; did you mean 'lr'?",
         "run.toml:29: data.frames: 121 gives 31 latent frames, not a multiple of rollout.frames_per_block = 3; "
         "nearest: 117 or 129",

@@ -115,7 +115,7 @@ def test_causal_samples_are_those_of_the_cached_walk(tmp_path):
     other = noise.clone()
     other[:, :, 2:] += 1.0
     with torch.no_grad():
-        first, second = (run.method.sample(run.nets, x, cond, two_samples()) for x in (noise, other))
+        first, second = (run.method.sample(run.nets, x, cond, cond, two_samples()) for x in (noise, other))
     assert torch.equal(first[:, :, :2], second[:, :, :2])
     assert not torch.equal(first[:, :, 2:], second[:, :, 2:])
 

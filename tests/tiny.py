@@ -70,6 +70,10 @@ teacher_steps = 2
 [logging]
 every = 1
 """
+# of the semantic expert; for the detail expert see DETAIL
+DCM_KEYS = 'expert = "semantic"\nguidance = 3.0\ntarget = "ema"\ntemporal_weight = 1.0\ntemporal_lag = 1'
+DCM = FLOW.replace('name = "flow"', f'name = "dcm"\n{DCM_KEYS}')
+DETAIL = ("method.expert='detail'", "method.detail_timesteps=[800, 400]", "optim.disc.lr=1e-3")
 DMD = (
     FLOW.replace('name = "flow"', 'name = "dmd"\ndenoising_timesteps = [1000, 757, 522]\nguidance = 3.0')
     + """
@@ -116,6 +120,7 @@ TEXTS = {
     "flow": FLOW,
     "dmd": DMD,
     "causal_sid": CAUSAL_SID,
+    "dcm": DCM,
     "lcm": LCM,
     "lcm_lora": LCM.replace("guidance = 2.0", 'guidance = 2.0\ntarget = "student"') + LORA,
     "sdxl_lcm": SDXL_LCM,
