@@ -18,12 +18,13 @@ from fastdmd.distances import sliced_wasserstein
 from fastdmd.rng import Rng
 
 TEMPORAL, SPATIAL, CHANNELS = 4, 8, 16  # the Wan 2.1 VAE: 1 + 4 (T - 1) frames, 8 x 8 pixels, 16 channels
+IMAGE_CHANNELS = 4  # the SDXL VAE, 8 x 8 pixels too
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     sources: tuple[str, ...]  # "shapes", or text files with a prompt a line
-    frames: int
+    frames: int | None = None  # of a video; absent: images
     resolution: tuple[int, int]  # height, width in pixels
     caption_dropout: float = 0.0
     negative_prompt: str = ""  # the other side of guidance
@@ -33,15 +34,22 @@ class Config:
         return self.sources == ("shapes",)
 
     def latent_frames(self) -> int:
+        """Of an image 1."""
+        if self.frames is None:
+            return 1
         return self.frames if self.builtin else (self.frames - 1) // TEMPORAL + 1
 
     def frames_for(self, latent_frames: int) -> int:
         """The pixel frames that give a number of latent frames."""
         return latent_frames if self.builtin else max(1, (latent_frames - 1) * TEMPORAL + 1)
 
-    def latent_shape(self) -> tuple[int, int, int, int]:
+    def latent_shape(self) -> tuple[int, ...]:
+        """(C, T, H, W), of images (C, H, W)."""
+        time = () if self.frames is None else (self.latent_frames(),)
         H, W = self.resolution
-        return (3, self.frames, H, W) if self.builtin else (CHANNELS, self.latent_frames(), H // SPATIAL, W // SPATIAL)
+        if self.builtin:
+            return (3, *time, H, W)
+        return (CHANNELS if time else IMAGE_CHANNELS, *time, H // SPATIAL, W // SPATIAL)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if not self.sources:
@@ -57,7 +65,10 @@ class Config:
                 yield "sources", str(e)
         if self.builtin and len(self.negative_prompt.split()) > shapes.TEXT_TOKENS:
             yield "negative_prompt", f"{self.negative_prompt!r} is over {shapes.TEXT_TOKENS} words; the usual one is ''"
-        if self.frames < 1:
+        if self.frames is None:
+            if not self.builtin:
+                yield "frames", "absent is images, and prompt files make videos only; write frames = 81"
+        elif self.frames < 1:
             yield "frames", f"{self.frames} is not positive; Wan 2.1 uses 81"
         elif self.frames_for(self.latent_frames()) != self.frames:
             low = self.frames_for(self.latent_frames())
@@ -66,7 +77,7 @@ class Config:
                 f"{self.frames} is not 1 + {TEMPORAL} n, as the VAE packs frames; nearest: {low} or {low + TEMPORAL}",
             )
         elif self.builtin and self.frames == 1:
-            yield "frames", "1 is a picture, and 'shapes' moves; use 2 or more"
+            yield "frames", "1 is a picture, and a video moves; use 2 or more, or remove the key for images"
         grain, least, usual = (
             (shapes.BLOCK, 4 * shapes.BLOCK, "[12, 12]") if self.builtin else (2 * SPATIAL, 2 * SPATIAL, "[480, 832]")
         )
@@ -119,36 +130,55 @@ class ShapesWorld:
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device, self.negative_prompt = config, device, config.negative_prompt
         self.latent_shape = config.latent_shape()
-        n = len(shapes.CAPTIONS)
+        self.captions = shapes.captions(config.latent_frames())
+        n = len(self.captions)
         # all of them, in strides: the first few, which are shown, differ in every word
-        self.prompts: Sequence[str] = [shapes.CAPTIONS[13 * i % n] for i in range(n)]
-        self.text = shapes.embed([*shapes.CAPTIONS, config.negative_prompt]).to(device)
+        self.prompts: Sequence[str] = [self.captions[13 * i % n] for i in range(n)]
+        self.text = shapes.embed([*self.captions, config.negative_prompt]).to(device)
 
     def cond(self, prompts: Sequence[str]) -> Cond:
-        return Cond(shapes.embed(list(prompts)).to(self.device))
+        return self._tell(shapes.embed(list(prompts)).to(self.device))
+
+    def _tell(self, text: Tensor) -> Cond:
+        """What a network is told of text embeddings [B, S, D]."""
+        return Cond(text)
 
     def batch(self, rng: Rng) -> Batch:
-        caption = rng.integers(len(shapes.CAPTIONS))
+        caption = rng.integers(len(self.captions))
         x0 = self._render(caption, rng)
         dropped = rng.uniform() < self.config.caption_dropout
-        uncond = torch.full_like(caption, len(shapes.CAPTIONS))
-        text = self.text[torch.where(dropped, uncond, caption).to(self.device)]
-        return Batch(Cond(text), Cond(self.text[uncond.to(self.device)]), self.latent_shape, x0.to(self.device))
+        uncond = torch.full_like(caption, len(self.captions))
+        rows = torch.where(dropped, uncond, caption), uncond
+        cond, other = (self._tell(self.text[row.to(self.device)]) for row in rows)
+        return Batch(cond, other, self.latent_shape, x0.to(self.device))
 
     def _render(self, caption: Tensor, rng: Rng) -> Tensor:
-        _, T, H, W = self.latent_shape
+        T, (H, W) = self.config.latent_frames(), self.config.resolution
         place = shapes.BLOCK * torch.stack([rng.integers(n // shapes.BLOCK) for n in (H, W)], dim=1)
-        return shapes.render(caption, place, rng.integers(2, (T, H, W)))
+        return shapes.render(caption, place, rng.integers(2, (T, H, W))).view(-1, *self.latent_shape)
 
     def pixels(self, x0: Tensor) -> Tensor:
         return shapes.pixels(x0)
 
     def scores(self, x0: Tensor, prompts: Sequence[str], seed: int) -> dict[str, float | None]:
-        """Share of videos with everything right, and sliced Wasserstein to as many real videos of the same captions."""
-        caption = torch.tensor([shapes.CAPTIONS.index(prompt) for prompt in prompts])
+        """Share of samples with everything right, and sliced Wasserstein to as many real ones of the same captions."""
+        caption = torch.tensor([self.captions.index(prompt) for prompt in prompts])
         real = self._render(caption, Rng(seed, 0, "reference", range(len(prompts)), "cpu"))
         right = shapes.right(shapes.read(x0.cpu()), caption)
-        return {"oracle": float(right.double().mean()), "swd": sliced_wasserstein(x0.cpu(), real)}
+        swd = sliced_wasserstein(shapes.as_video(x0.cpu()), shapes.as_video(real))
+        return {"oracle": float(right.double().mean()), "swd": swd}
+
+
+class ImageShapesWorld(ShapesWorld):
+    """The built-in world as images [C, H, W], with all that SDXL wants to be told.
+
+    Pooled text is the sum of a caption's word vectors, so that "" has zeros in both embeddings, as SDXL's uncond has.
+    """
+
+    def _tell(self, text: Tensor) -> Cond:
+        H, W = self.config.resolution
+        size = torch.tensor([H, W, 0, 0, H, W], dtype=torch.float32, device=self.device)
+        return Cond(text, text.sum(1), size.expand(len(text), -1))
 
 
 class PromptWorld:
@@ -186,6 +216,6 @@ class PromptWorld:
 
 def make_world(config: Config, path: str | None, device: torch.device, dtype: torch.dtype) -> World:
     if config.builtin:
-        return ShapesWorld(config, device)
+        return ImageShapesWorld(config, device) if config.frames is None else ShapesWorld(config, device)
     assert path is not None  # the configuration was checked
     return PromptWorld(config, path, device, dtype)

@@ -10,15 +10,16 @@ from torch import Tensor
 PATCH = (2, 3, 3)  # frames, pixels, pixels: the finest detail, where few-step samplers fail first
 
 
-def _filters(channels: int, count: int) -> Tensor:
-    """Fixed random unit filters, float32 [P, C, 2, 3, 3], the same on every machine."""
-    filters = torch.randn(count, channels, *PATCH, generator=torch.Generator().manual_seed(0))
+def _filters(channels: int, frames: int, count: int) -> Tensor:
+    """Fixed random unit filters, float32 [P, C, 2, 3, 3], the same on every machine; of one frame for images."""
+    patch = (min(frames, PATCH[0]), *PATCH[1:])
+    filters = torch.randn(count, channels, *patch, generator=torch.Generator().manual_seed(0))
     return filters / filters.flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1)
 
 
 def _features(x: Tensor, count: int) -> Tensor:
     """Responses of the filters, float32 [B, P, L], frames and pixels flattened."""
-    return nnf.conv3d(x.float(), _filters(x.shape[1], count)).flatten(2)
+    return nnf.conv3d(x.float(), _filters(x.shape[1], x.shape[2], count)).flatten(2)
 
 
 def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = 64) -> float:

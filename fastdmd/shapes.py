@@ -4,6 +4,8 @@ A video [C=3, T, H, W] is a moving coloured shape over a two-level grey speckle.
 motion; the place is uniform on the torus, in blocks. Where the shape is not, every pixel is +SPECKLE or -SPECKLE with
 equal odds, independently, the same in all three channels: the fine random detail that few steps of a teacher lose.
 
+An image [C=3, H, W] is a video of one frame, where nothing moves and the caption says shape and colour only.
+
 B batch, C channel, T frames, H W space, Q captions, S text tokens, D text_dim.
 """
 
@@ -20,6 +22,7 @@ from fastdmd.schedule import Schedule, coeffs, per_sample
 
 SPECKLE = 0.4
 MAX_SHAPE_ERROR, MAX_GROUND_ERROR, MIN_SHARE, MAX_BIAS = 0.5, 0.25, 0.75, 0.2  # what the oracle calls right
+IMAGE_DEVIATIONS = 4.5  # standard deviations, 1 / sqrt(pixels), that an image's speckle may be off: MAX_BIAS of images
 BLOCK = 2  # pixels; shapes, places and motions are in blocks, a network's patch: then every token is all shape or none
 TEXT_TOKENS, TEXT_DIM = 8, 32
 COLOURS = {
@@ -34,26 +37,42 @@ SHAPES = {
     "square": ("##", "##"),
 }
 KINDS = list(product(SHAPES, COLOURS, MOTIONS))
+STILL = list(product(SHAPES, COLOURS, ["nowhere"]))  # the kinds of images
 CAPTIONS = [f"a {colour} {shape} moving {motion}" for shape, colour, motion in KINDS]
+IMAGE_CAPTIONS = [f"a {colour} {shape}" for shape, colour, _ in STILL]
+
+
+def kinds(T: int) -> list[tuple[str, str, str]]:
+    """(shape, colour, motion) of every caption for T frames."""
+    return KINDS if T > 1 else STILL
+
+
+def captions(T: int) -> list[str]:
+    return CAPTIONS if T > 1 else IMAGE_CAPTIONS
+
+
+def as_video(x: Tensor) -> Tensor:
+    """Images [B, C, H, W] as videos of one frame; videos [B, C, T, H, W] as they are."""
+    return x[:, :, None] if x.ndim == 4 else x
 
 
 @lru_cache(maxsize=8)
 def templates(T: int, H: int, W: int) -> Tensor:
-    """Masks of every shape and motion at place (0, 0), float32 [Q, T, H, W] in the order of CAPTIONS."""
+    """Masks of every shape and motion at place (0, 0), float32 [Q, T, H, W] in the order of captions(T)."""
     masks = []
-    for shape, _, motion in KINDS:
+    for shape, _, motion in kinds(T):
         still = torch.zeros(H, W)
         for y, row in enumerate(SHAPES[shape]):
             for x, block in enumerate(row):
                 still[y * BLOCK : (y + 1) * BLOCK, x * BLOCK : (x + 1) * BLOCK] = block == "#"
-        dy, dx = MOTIONS[motion]
+        dy, dx = MOTIONS[motion] if T > 1 else (0, 0)
         masks.append(torch.stack([still.roll((BLOCK * dy * f, BLOCK * dx * f), (0, 1)) for f in range(T)]))
     return torch.stack(masks)
 
 
-def palette() -> Tensor:
-    """The colour of every caption, float32 [Q, C]."""
-    return torch.tensor([COLOURS[colour] for _, colour, _ in KINDS])
+def palette(T: int) -> Tensor:
+    """The colour of every caption for T frames, float32 [Q, C]."""
+    return torch.tensor([COLOURS[colour] for _, colour, _ in kinds(T)])
 
 
 def render(caption: Tensor, place: Tensor, bits: Tensor) -> Tensor:
@@ -63,7 +82,7 @@ def render(caption: Tensor, place: Tensor, bits: Tensor) -> Tensor:
         [m.roll((int(y), int(x)), (1, 2)) for m, (y, x) in zip(templates(T, H, W)[caption], place, strict=True)]
     )[:, None]
     ground = SPECKLE * (2 * bits[:, None].float() - 1)
-    return mask * palette()[caption][:, :, None, None, None] + (1 - mask) * ground
+    return mask * palette(T)[caption][:, :, None, None, None] + (1 - mask) * ground
 
 
 @lru_cache(maxsize=256)
@@ -85,9 +104,9 @@ def embed(captions: list[str]) -> Tensor:
     return out
 
 
-def caption_index(text: Tensor) -> Tensor:
-    """Which caption an embedding [B, S, D] is, int64 [B]."""
-    known = embed(CAPTIONS).to(text.device).flatten(1)
+def caption_index(text: Tensor, T: int) -> Tensor:
+    """Which of captions(T) an embedding [B, S, D] is, int64 [B]."""
+    known = embed(captions(T)).to(text.device).flatten(1)
     distance = torch.cdist(text.float().flatten(1), known)
     if float(distance.min(dim=1).values.max()) > 1e-2:
         raise ValueError("an embedding is none of the built-in captions")
@@ -109,13 +128,17 @@ class Reading(NamedTuple):
     share: Tensor  # of background pixels within 25 % of a level
     balance: Tensor  # mean sign of background pixels, 0 is even
     correlation: Tensor  # largest |correlation| of the signs of neighbours along t, h, w
+    max_bias: float  # of balance and correlation
 
 
-def read(video: Tensor) -> Reading:
-    """The exact oracle: the nearest (caption, place) by squared distance, then the speckle outside that shape."""
-    video = video.float()
+def read(x: Tensor) -> Reading:
+    """The exact oracle: the nearest (caption, place) by squared distance, then the speckle outside that shape.
+
+    x [B, 3, T, H, W], or images [B, 3, H, W].
+    """
+    video = as_video(x).float()
     B, _, T, H, W = video.shape
-    masks, colours = templates(T, H, W), palette()
+    masks, colours = templates(T, H, W), palette(T)
     levels = SPECKLE * torch.tensor([1.0, -1.0])
     ground = (video[:, None] - levels[:, None, None, None, None]).square().mean(2).amin(1)  # [B, T, H, W]
     best = torch.full((B,), torch.inf)
@@ -139,14 +162,15 @@ def read(video: Tensor) -> Reading:
     correlation = torch.stack(
         [
             (centred * centred.roll(1, d)).sum((1, 2, 3)) / (outside * outside.roll(1, d)).sum((1, 2, 3)).clamp(min=1)
-            for d in (1, 2, 3)
+            for d in ((1, 2, 3) if T > 1 else (2, 3))
         ]
     )
     correlation = (correlation / variance.clamp(min=1e-6)).abs().amax(0)
     shape_error = ((inside * shape).sum((1, 2, 3)) / shape.sum((1, 2, 3))).sqrt()
     ground_error = ((ground * outside).sum((1, 2, 3)) / n).sqrt()
     share = (near * outside).sum((1, 2, 3)) / n
-    return Reading(caption, shape_error, ground_error, share, balance.abs(), correlation)
+    max_bias = MAX_BIAS if T > 1 else IMAGE_DEVIATIONS / (H * W) ** 0.5
+    return Reading(caption, shape_error, ground_error, share, balance.abs(), correlation, max_bias)
 
 
 class AnalyticDenoiser:
@@ -160,11 +184,15 @@ class AnalyticDenoiser:
         self.schedule = schedule
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        c = coeffs(self.schedule, t, x_t.device)
+        """x_t [B, 3, T, H, W], or images [B, 3, H, W] -> x0 like it."""
+        return self._of_videos(as_video(x_t), t, cond).view_as(x_t)
+
+    def _of_videos(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        c = coeffs(self.schedule, t, x_t)
         alpha, var = per_sample(c.alpha, x_t), per_sample(c.sigma, x_t).square()
-        which = caption_index(cond.text)
+        which = caption_index(cond.text, x_t.shape[2])
         mask = templates(*x_t.shape[2:])[which].to(x_t)  # [B, T, H, W]
-        colour = palette()[which].to(x_t)[:, :, None, None, None]
+        colour = palette(x_t.shape[2])[which].to(x_t)[:, :, None, None, None]
         a, C = SPECKLE, x_t.shape[1]
         logit = a * alpha * x_t.sum(1, keepdim=True) / var
         # log p(x_t | shape) - log p(x_t | speckle) per pixel, terms common to both left out
@@ -187,18 +215,18 @@ def right(reading: Reading, caption: Tensor) -> Tensor:
     ground error of 0.253: neither may be. A true speckle has three quarters of its pixels within 25 % of a level (few
     steps of an exact denoiser have a quarter there, eight have nearly all), evenly and independent: balance and
     correlations of real videos have a standard deviation of 0.045 at 12 x 12 pixels, and the limit is over four of
-    them away.
+    them away. An image has too few pixels for a limit that is the same at every size.
     """
     return (
         (reading.caption == caption)
         & (reading.shape_error < MAX_SHAPE_ERROR)
         & (reading.ground_error < MAX_GROUND_ERROR)
         & (reading.share > MIN_SHARE)
-        & (reading.balance < MAX_BIAS)
-        & (reading.correlation < MAX_BIAS)
+        & (reading.balance < reading.max_bias)
+        & (reading.correlation < reading.max_bias)
     )
 
 
-def pixels(video: Tensor) -> Tensor:
-    """Videos [B, 3, T, H, W] as uint8 [B, T, H, W, 3] on the host; -1 .. 1 becomes 0 .. 255."""
-    return (video.float().cpu().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
+def pixels(x: Tensor) -> Tensor:
+    """Videos [B, 3, T, H, W], or images [B, 3, H, W], as uint8 [B, T, H, W, 3] on the host; -1 .. 1 is 0 .. 255."""
+    return (as_video(x).float().cpu().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)

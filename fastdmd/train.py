@@ -19,18 +19,16 @@ from fastdmd import config as configs
 from fastdmd.config import Config
 from fastdmd.data import World, make_world
 from fastdmd.denoiser import Batch, Denoiser
-from fastdmd.evaluate import finish, validate_step
+from fastdmd.evaluate import finish, validate_step, validation_weights
 from fastdmd.hardware import peak_flops, peak_memory_gb
 from fastdmd.log import Progress, RunLog
 from fastdmd.methods import Method
 from fastdmd.methods.method import TRAINABLE
-from fastdmd.models import folder
-from fastdmd.models.wan import Wan
+from fastdmd.models.lora import add_lora, export_lora, lora_parameters, merged
 from fastdmd.optim import EMA, Optimizer
 from fastdmd.precision import pick_device
 from fastdmd.rng import Rng
 from fastdmd.schedule import Schedule
-from fastdmd_kernels.attention import prepare
 
 
 class Diverged(RuntimeError):
@@ -76,11 +74,13 @@ def build(config: Config) -> Run:
         else:
             net = make_net(config, role, device)
             net.checkpointing = how == "train" and config.memory.checkpointing == "full"
-            prepare(device, dtype, net.config.attention_head_dim)
+            net.prepare(device, dtype)
             masters = net.cast(dtype)
+        lora = config.role_lora(role)
+        nets[role] = Denoiser(net, schedule, lora_parameters(net, lora.modules) if lora else None)
+        nets[role].learn(False)
         if role in TRAINABLE:
-            optimizers[role] = Optimizer(net, config.optim[role], config.run.max_steps, masters)
-        nets[role] = Denoiser(net.requires_grad_(False), schedule)
+            optimizers[role] = Optimizer(nets[role].trainable, config.optim[role], config.run.max_steps, masters)
     ema = EMA(optimizers["student"].masters, config.ema) if config.ema else None
     world = make_world(config.data, config.model.path, device, dtype)
     run = Run(config, device, world, method, schedule, nets, optimizers, ema)
@@ -88,15 +88,19 @@ def build(config: Config) -> Run:
     return run
 
 
-def make_net(config: Config, role: str, device: torch.device) -> Wan:
+def make_net(config: Config, role: str, device: torch.device) -> Any:
     """A role's network in float32: the weights of its folder, or random ones drawn from the run's seed."""
-    path, tile = config.role_path(role), config.role_tile(role)
+    path, options = config.role_path(role), config.role_options(role)
     if path is not None:
-        return folder.load(path, device, tile)
-    assert config.model.architecture is not None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.run.seed)
-        return Wan(config.model.architecture, tile).start_from_scratch().to(device)
+        net = config.family.load(Path(path), device, options)
+    else:
+        assert config.model.scratch is not None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.run.seed)
+            net = config.family.make(config.model.scratch[1], options).start_from_scratch().to(device)
+    if lora := config.role_lora(role):
+        add_lora(net, lora.rank, lora.alpha, lora.targets, config.run.seed)
+    return net
 
 
 def follow_average(run: Run) -> None:
@@ -110,7 +114,7 @@ def follow_average(run: Run) -> None:
 def set_sparsity(run: Run) -> None:
     """Sparse attention at the sparsity of the step to come."""
     for role, denoiser in run.nets.items():
-        if run.config.vsa and run.config.role_tile(role):
+        if run.config.vsa and run.config.role_options(role).tile:
             denoiser.net.sparsity = run.config.vsa.sparsity_at(run.step)
 
 
@@ -162,7 +166,7 @@ def take_step(run: Run) -> dict[str, float]:
     for index, phase in enumerate(phases):
         trained = run.method.trains(phase)
         for role, denoiser in run.nets.items():
-            denoiser.requires_grad_(role in trained)
+            denoiser.learn(role in trained)
         losses = []
         for micro, batch, carry in zip(samples, batches, carries, strict=True):
             rng = Rng(config.seed, run.step, f"{phase}{index}", micro, run.device)
@@ -266,16 +270,25 @@ def reopen(path: Path) -> Run:
 
 
 def export_student(path: Path, out: Path) -> None:
-    """The student of a run's newest checkpoint, under its validation weights, as a diffusers pipeline folder."""
+    """The student of a run's newest checkpoint, under its validation weights, as a diffusers pipeline folder.
+
+    Adapters are merged into it, and stand beside it as pytorch_lora_weights.safetensors where they are all there is.
+    """
     run = reopen(path)
-    config, times = run.config, run.method.times if run.method.renoises else None
-    ema = run.ema if config.validation.weights == "ema" else None
-    weights = ema.shadow if ema else run.optimizers["student"].masters
-    net = run.nets["student"].net
-    assert isinstance(net, Wan)
+    config, times, net = run.config, run.method.times if run.method.renoises else None, run.nets["student"].net
+    with validation_weights(run):
+        weights = merged(net) if config.lora else {name: p.detach().clone() for name, p in net.named_parameters()}
+        adapters = {name: p.detach().clone() for name, p in lora_parameters(net).items()}
+    if config.lora is None:
+        weights |= (
+            run.ema.shadow if run.ema and config.validation.weights == "ema" else run.optimizers["student"].masters
+        )
     source = Path(config.model.path) if config.model.path else None
     steps = None if times is None else times.tolist()
-    folder.export(out, net.config, weights, steps, config.schedule.flow_shift, source)
+    config.family.export(out, net.config, weights, steps, run.schedule, source)
+    if config.lora and not config.lora.modules:
+        file = out / "pytorch_lora_weights.safetensors"
+        export_lora(file, adapters, config.lora.rank, config.lora.alpha, config.family.lora_prefix)
 
 
 @contextmanager

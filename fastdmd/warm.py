@@ -12,8 +12,7 @@ from torch import Tensor
 
 from fastdmd.config import Config
 from fastdmd.denoiser import Batch, Cond, Denoiser
-from fastdmd.models import folder
-from fastdmd.models.wan import Wan
+from fastdmd.models.wan import WanConfig
 from fastdmd.rng import Rng
 
 
@@ -33,20 +32,23 @@ def step_on_meta(config: Config, sparsity: float) -> None:
             with torch.device("meta"):
                 nets[role] = Denoiser(method.make_heads(nets), schedule)
             continue
-        path, tile = config.role_path(role), config.role_tile(role)
-        architecture = folder.read_config(Path(path)) if path else config.model.architecture
+        path, options = config.role_path(role), config.role_options(role)
+        scratch = config.model.scratch
+        architecture = config.family.read_config(Path(path)) if path else scratch and scratch[1]
         assert architecture  # the configuration was checked
+        if isinstance(architecture, WanConfig) and "heads" not in roles.values():
+            architecture = replace(architecture, num_layers=1)
         with torch.device("meta"):
-            net = Wan(architecture if "heads" in roles.values() else replace(architecture, num_layers=1), tile)
+            net = config.family.make(architecture, options)
         net.cast(config.precision.dtype)
-        net.sparsity = sparsity if tile else 0.0
+        net.sparsity = sparsity if options.tile else 0.0
         nets[role] = Denoiser(net, schedule)
     B, shape = config.run.batch_size, config.data.latent_shape()
     text = Cond(torch.empty(B, 8, nets["student"].net.config.text_dim, device="meta"))
     batch, carry = Batch(text, text, shape, torch.empty(B, *shape, device="meta")), {}
     for index, phase in enumerate(dict.fromkeys(method.phases(0))):
         for role, denoiser in nets.items():
-            denoiser.requires_grad_(role in method.trains(phase))
+            denoiser.learn(role in method.trains(phase))
         rng = MetaRng(config.run.seed, 0, f"{phase}{index}", range(B), "cpu")
         loss, _ = method.loss(phase, nets, batch, rng, carry)
         loss.backward()

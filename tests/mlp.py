@@ -25,7 +25,7 @@ class Call(NamedTuple):
 
 
 class MLP(nn.Module):
-    """F(x_t, model_t, text), and a record of its calls."""
+    """F(x_t, model_t, text, guidance if told), and a record of its calls."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -40,7 +40,8 @@ class MLP(nn.Module):
 
     def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond) -> Tensor:
         self.calls.append(Call(x_t.detach(), model_t, cond.text, torch.is_grad_enabled()))
-        h = torch.cat([x_t.flatten(1), model_t[:, None] / 1000, cond.text.mean(1)], dim=1)
+        told = 0 if cond.guidance is None else cond.guidance[:, None]
+        h = torch.cat([x_t.flatten(1), model_t[:, None] / 1000 + told, cond.text.mean(1)], dim=1)
         return self.last(torch.tanh(self.first(h))).view_as(x_t)
 
 

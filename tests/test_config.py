@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from fastdmd import config as configs
 from fastdmd.cli import app
-from fastdmd.models import folder
+from fastdmd.models import component
 
 RUN = """\
 [run]
@@ -123,7 +123,7 @@ def nothing_loads(place, monkeypatch):
         pytest.fail("loaded before the configuration was checked")
 
     monkeypatch.chdir(place)
-    monkeypatch.setattr(folder, "load_file", load)
+    monkeypatch.setattr(component, "load_file", load)
     monkeypatch.setattr(torch.nn.Module, "__init__", load)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
@@ -177,15 +177,15 @@ def test_files_that_are_none():
 
 def test_all_faults_are_told_at_once_in_the_order_of_the_file():
     text = DMD.replace("lr = 1e-5", "lrr = 1e-5").replace('"dmd"', '"dmb"').replace("batch_size = 2", "batch_size = 0")
-    text += "\n[rollout]\nmode = 'causal'\nframes_per_block = 3\n"
+    text += "\n[rollout]\nmode = 'causal'\ncontext_noise = 20\nframes_per_block = 3\n"
     assert told(text.replace("frames = 81", "frames = 121"), "run.seed='a'") == [
         "command line: run.seed: 'a' is not a whole number; e.g. seed = 0",
         "run.toml:4: run.batch_size: 0 is not positive; use 1 or more",
-        "run.toml:14: method.name: 'dmb' is not one of dmd, sid, dcm, flow; did you mean 'dmd'?",
+        "run.toml:14: method.name: 'dmb' is not one of dmd, sid, dcm, lcm, flow; did you mean 'dmd'?",
         "run.toml:22: optim.student.lrr: unknown key; did you mean 'lr'?",
         "run.toml:29: data.frames: 121 gives 31 latent frames, not a multiple of rollout.frames_per_block = 3; "
         "nearest: 117 or 129",
-        "run.toml:33: rollout.mode: 'causal' is not built yet; use 'bidirectional' or 'data'",
+        "run.toml:34: rollout.context_noise: 20.0 leaves [0, 1); Self-Forcing uses 0",
     ]
 
 

@@ -31,7 +31,7 @@ def real(count: int = 96, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Videos [B, 3, T, H, W] of the world and their captions [B]."""
     batch: Batch = WORLD.batch(Rng(seed, 0, "data", range(count), "cpu"))
     assert batch.x0 is not None
-    return batch.x0, shapes.caption_index(batch.cond.text)
+    return batch.x0, shapes.caption_index(batch.cond.text, T)
 
 
 def fair_bits(seed: int, count: int) -> Tensor:
@@ -221,7 +221,7 @@ def test_oracle_fails_a_second_ring_in_one_frame():
 def brute_force(x_t: Tensor, t: float, caption: int) -> Tensor:
     """E[x0 | x_t] of one video [3, T, H, W] in float64, place by place, level by level."""
     x, alpha, sigma = x_t.double(), 1 - t, t
-    colour = shapes.palette()[caption].double()[:, None, None, None]
+    colour = shapes.palette(T)[caption].double()[:, None, None, None]
 
     def log_density(mean: Tensor | float) -> Tensor:
         return (-((x - alpha * mean) ** 2) / (2 * sigma**2)).sum(0)  # [T, H, W]
@@ -288,8 +288,8 @@ def test_embeddings_are_fixed_a_word_each():
 
 
 def test_captions_are_read_back_and_others_refused():
-    assert torch.equal(shapes.caption_index(shapes.embed(CAPTIONS)), torch.arange(len(CAPTIONS)))
+    assert torch.equal(shapes.caption_index(shapes.embed(CAPTIONS), T), torch.arange(len(CAPTIONS)))
     with pytest.raises(ValueError, match="none of the built-in captions"):
-        shapes.caption_index(shapes.embed([CAPTIONS[0], ""]))
+        shapes.caption_index(shapes.embed([CAPTIONS[0], ""]), T)
     with pytest.raises(ValueError, match="9 words"):
         shapes.embed(["one two three four five six seven eight nine"])

@@ -84,7 +84,7 @@ def test_critic_loss_is_dmd_s(nets, change):
 
 def test_every_key_has_a_test():
     keys = {field.name for cls in (Config, rollouts.Config) for field in fields(cls)}
-    causal = {"frames_per_block"}
+    causal = {"frames_per_block", "independent_first_frame", "shared_exit_step", "context_noise"}  # in test_causal.py
     assert keys == OVERRIDES.keys() | {"alpha", "name"} | causal
 
 

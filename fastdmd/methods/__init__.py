@@ -3,9 +3,10 @@
 from fastdmd.methods.dcm import DCM
 from fastdmd.methods.dmd import DMD
 from fastdmd.methods.flow import Flow
+from fastdmd.methods.lcm import LCM
 from fastdmd.methods.method import Method, MethodConfig, Role
 from fastdmd.methods.sid import SiD
 
 __all__ = ["METHODS", "Method", "MethodConfig", "Role"]
 
-METHODS = {"dmd": DMD, "sid": SiD, "dcm": DCM, "flow": Flow}
+METHODS = {"dmd": DMD, "sid": SiD, "dcm": DCM, "lcm": LCM, "flow": Flow}

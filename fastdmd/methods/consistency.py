@@ -2,23 +2,20 @@
 
 from typing import Literal
 
-import torch
 from torch import Tensor
+
+from fastdmd.schedule import wide
 
 Distance = Literal["l2", "huber"]
 
 
 def huber(a: Tensor, b: Tensor, c: float) -> Tensor:
     """Pseudo-Huber mean(sqrt((a - b)^2 + c^2) - c): squares near zero, absolute values far away (2310.14189)."""
-    square = (_upcast(a) - _upcast(b)).square()
+    square = (wide(a) - wide(b)).square()
     # sqrt(d^2 + c^2) - c would round to multiples of c's last bit
     return (square / ((square + c * c).sqrt() + c)).mean()
 
 
 def distance(kind: Distance, a: Tensor, b: Tensor, c: float) -> Tensor:
     """Mean distance of two tensors of one shape; c is pseudo-Huber's."""
-    return huber(a, b, c) if kind == "huber" else (_upcast(a) - _upcast(b)).square().mean()
-
-
-def _upcast(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return huber(a, b, c) if kind == "huber" else (wide(a) - wide(b)).square().mean()

@@ -29,6 +29,7 @@ DETAIL_ONLY = ("detail_timesteps", "adversarial_weight", "hinge_weight", "featur
 class Config:
     uses: ClassVar = ()
     needs_latents: ClassVar = True
+    guidance_embedding: ClassVar = False
 
     name: Literal["dcm"]
     expert: Literal["semantic", "detail"]  # which is trained; detail: model.path is the finished semantic expert

@@ -70,8 +70,8 @@ class DMD(ScoreDistillation):
         mask = self.mask(made.x0_g)
         loss, metrics = dmd_loss(made.x0_g, z, F_fake, F_c, F_u, c.a, c.b, self.config.guidance, mask)
         if self.config.gan_weight:
-            x0_g = made.x0_g if mask is None else torch.where(mask, made.x0_g, made.x0_g.detach())
-            fooled = gan.softplus_g(self.fake_logits(nets, made._replace(x0_g=x0_g), batch, rng))
+            shown = made._replace(x0_g=self.last_frames(made.x0_g))
+            fooled = gan.softplus_g(self.fake_logits(nets, shown, batch, rng))
             loss, metrics = loss + self.config.gan_weight * fooled, {**metrics, "gan_student": fooled.detach()}
         return loss, metrics
 

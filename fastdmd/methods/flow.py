@@ -18,8 +18,9 @@ from fastdmd.schedule import Schedule, add_noise, shift
 class Config:
     name: Literal["flow"]
     uses: ClassVar = ()
-    roles: ClassVar = {"student": "train"}
     needs_latents: ClassVar = True
+    guidance_embedding: ClassVar = False
+    roles: ClassVar = {"student": "train"}
     timestep_distribution: Literal["uniform", "logit_normal"] = "uniform"
 
 

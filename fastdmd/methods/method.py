@@ -22,6 +22,11 @@ class MethodConfig(Protocol):
     uses: ClassVar[tuple[str, ...]]  # config tables beside [method]
 
     @property
+    def guidance_embedding(self) -> bool:
+        """Whether the student is told its guidance."""
+        ...
+
+    @property
     def name(self) -> str: ...
 
     @property

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from fastdmd import rollout as rollouts
+from fastdmd.causal import sample_blocks
 from fastdmd.denoiser import Batch, Cond, Denoiser, guide
 from fastdmd.methods.method import Carry, Loss, Method, Nets, Role
 from fastdmd.rng import Rng
 from fastdmd.sampler import renoise
-from fastdmd.schedule import Coeffs, Schedule, add_noise, coeffs, shift, student_times, unshift
+from fastdmd.schedule import Coeffs, Schedule, add_noise, coeffs, shift, student_times, timestep_problems, unshift
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,7 @@ class ScoreConfig:
     """Keys of [method] that DMD and SiD share."""
 
     uses: ClassVar = ("critic", "rollout")
+    guidance_embedding: ClassVar = False
 
     denoising_timesteps: tuple[float, ...]  # the student's steps, model timesteps in (0, 1000], descending
     guidance: float  # teacher, uncond + w (cond - uncond); published real_guidance_scale g is w = g + 1
@@ -61,18 +63,7 @@ class ScoreConfig:
         return False
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        steps = [int(t) if t.is_integer() else t for t in self.denoising_timesteps]
-        if not steps:
-            yield "denoising_timesteps", "is empty; e.g. [1000, 757, 522]"
-        elif not all(0 < t <= 1000 for t in steps):
-            yield (
-                "denoising_timesteps",
-                f"{steps} leaves (0, 1000]; give 1000 times the noise levels, e.g. [1000, 757, 522]",
-            )
-        elif sorted(set(steps), reverse=True) != steps:
-            yield "denoising_timesteps", f"{steps} does not descend; use {sorted(set(steps), reverse=True)}"
-        elif steps[0] != 1000:
-            yield "denoising_timesteps", f"{steps} starts at {steps[0]}; start at 1000, from pure noise"
+        yield from timestep_problems(self.denoising_timesteps)
         if self.score_timestep_shift is not None and self.score_timestep_shift <= 0:
             yield "score_timestep_shift", f"{self.score_timestep_shift} is not positive; 1 is off"
         low, high = self.score_timestep_range
@@ -107,7 +98,10 @@ class ScoreDistillation(Method):
         return (("student",) if step % self.rollouts_per_generator == 0 else ()) + self.critic_phases
 
     def sample(self, nets: Nets, noise: Tensor, cond: Cond, uncond: Cond, rng: Rng) -> Tensor:
-        return renoise(nets["student"], self.schedule, noise, self.times, cond, rng)
+        student, how = nets["student"], self.rollout_config
+        if how.mode == "causal":
+            return sample_blocks(student, noise, self.times, how.blocks(noise.shape[2]), how.context_noise, cond, rng)
+        return renoise(student, self.schedule, noise, self.times, cond, rng)
 
     def rollout(self, nets: Nets, batch: Batch, rng: Rng, carry: Carry, grad: bool) -> rollouts.Rollout:
         """The step's rollout: made by its first phase, without gradient for the others."""
@@ -138,7 +132,7 @@ class ScoreDistillation(Method):
             F_c, F_u = nets["teacher"].raw(z, s, batch.cond), None
         else:
             F_c, F_u = nets["teacher"].raw_pair(z, s, batch.cond, batch.uncond)
-        return Scores(z, F_fake, F_c, F_u, coeffs(self.schedule, s, z.device))
+        return Scores(z, F_fake, F_c, F_u, coeffs(self.schedule, s, z))
 
     def mask(self, x0: Tensor) -> Tensor | None:
         """Which elements carry the loss: the last `grad_frames` frames of [B, C, T, H, W], or all."""
@@ -147,6 +141,11 @@ class ScoreDistillation(Method):
             return None
         frames = torch.arange(x0.shape[2], device=x0.device) >= x0.shape[2] - k
         return frames.view(1, 1, -1, 1, 1)
+
+    def last_frames(self, x0: Tensor) -> Tensor:
+        """x0 with gradient in the elements of `mask` only."""
+        mask = self.mask(x0)
+        return x0 if mask is None else torch.where(mask, x0, x0.detach())
 
     def critic_loss(self, nets: Nets, batch: Batch, rng: Rng, carry: Carry) -> Loss:
         """mean((F_critic(z, s) - target)^2) on the student's samples, conditional unless `critic_train_guidance`."""

@@ -1,23 +1,18 @@
 """Diffusers folders: a Wan transformer in and out, with no key map, and a student that stock diffusers samples."""
 
-import json
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from fastdmd.models import component
 from fastdmd.models.wan import Wan, WanConfig
 from fastdmd_kernels.tiles import Grid
 
-WEIGHTS = "diffusion_pytorch_model"
 # keys of diffusers' config.json that fastdmd's Wan fixes, with the value it has
 FIXED = {
     "qk_norm": "rms_norm_across_heads",
@@ -36,10 +31,7 @@ COMPONENTS = {
 def read_config(folder: Path) -> WanConfig:
     """The architecture of `folder/transformer`; ValueError for what is not a text-to-video Wan 2.1."""
     path = folder / "transformer" / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # not UTF-8 and not JSON are both ValueErrors
-        raise ValueError(f"{path} is not JSON; download or save the folder again") from None
+    raw = component.read_json(path)
     if raw.get("_class_name") != "WanTransformer3DModel":
         raise ValueError(
             f"{folder}: transformer is a {raw.get('_class_name')}, not a WanTransformer3DModel; "
@@ -64,37 +56,18 @@ def read_config(folder: Path) -> WanConfig:
     return config
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of `folder/transformer`, from one safetensors file or from shards with an index."""
-    single, index = (folder / "transformer" / f"{WEIGHTS}.safetensors{end}" for end in ("", ".index.json"))
-    if single.is_file():
-        return _read(single)
-    if not index.is_file():
-        raise ValueError(
-            f"{folder}: transformer has neither {single.name} nor {index.name}; only safetensors are read, "
-            "so save it with safe_serialization"
-        )
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    return {key: value for name in names for key, value in _read(index.with_name(name)).items()}
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (FileNotFoundError, SafetensorError) as e:
-        raise ValueError(f"{path} cannot be read ({e}); download or save the folder again") from None
-
-
-def load(folder: str | Path, device: torch.device | str = "cpu", tile: Grid | None = None) -> Wan:
-    """The Wan of a diffusers folder, float32; with a `tile`, its self-attention is sparse.
+def load(
+    folder: str | Path, device: torch.device | str = "cpu", tile: Grid | None = None, kind: type[Wan] = Wan
+) -> Wan:
+    """The Wan of a diffusers folder, float32, as a `kind` of Wan; with a `tile`, its self-attention is sparse.
 
     Gates of the sparse attention are zero where the folder has none, and are read under FastVideo's names too. A folder
     that has them was trained with them: a dense network of it is refused.
     """
     folder = Path(folder)
     with torch.device("meta"):
-        net = Wan(read_config(folder), tile)
-    weights, expected = read_weights(folder), net.state_dict()
+        net = kind(read_config(folder), tile)
+    weights, expected = component.read_weights(folder / "transformer"), net.state_dict()
     weights = {FASTVIDEO_GATE.sub(r"\1attn1.to_gate_compress.", name): value for name, value in weights.items()}
     gates = {name for name in weights if ".attn1.to_gate_compress." in name}
     if gates and tile is None:
@@ -105,19 +78,7 @@ def load(folder: str | Path, device: torch.device | str = "cpu", tile: Grid | No
     if not gates:
         zeros = {name: torch.zeros(x.shape) for name, x in expected.items() if ".attn1.to_gate_compress." in name}
         weights |= zeros
-    wrong = [f"{name} is missing" for name in expected if name not in weights]
-    wrong += [f"{name} is unknown" for name in weights if name not in expected]
-    wrong += [
-        f"{name} is {list(weights[name].shape)}, not {list(value.shape)}"
-        for name, value in expected.items()
-        if name in weights and weights[name].shape != value.shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(
-            f"{folder}: the weights of transformer do not fit its config.json: {', '.join(wrong[:3])}{more}; "
-            "download or save the folder again"
-        )
+    component.check_fit(folder / "transformer", weights, expected)
     # a copy: tensors read on the CPU are views of the file, which may be written over while a run goes on
     net.load_state_dict({key: x.to(device, torch.float32, copy=True) for key, x in weights.items()}, assign=True)
     return net
@@ -125,19 +86,9 @@ def load(folder: str | Path, device: torch.device | str = "cpu", tile: Grid | No
 
 def save(folder: str | Path, config: WanConfig, weights: Mapping[str, Tensor]) -> None:
     """Write `folder/transformer` as diffusers does."""
-    path = Path(folder) / "transformer"
-    path.mkdir(parents=True, exist_ok=True)
     values = {f.name: getattr(config, f.name) for f in fields(config)}
-    (path / "config.json").write_text(
-        json.dumps({"_class_name": "WanTransformer3DModel", **FIXED, "rope_max_seq_len": 1024, **values}, indent=2)
-        + "\n"
-    )
-    save_torch_state_dict(
-        {key: value.detach().contiguous() for key, value in weights.items()},
-        path,
-        filename_pattern=WEIGHTS + "{suffix}.safetensors",
-        safe_serialization=True,
-    )
+    raw = {"_class_name": "WanTransformer3DModel", **FIXED, "rope_max_seq_len": 1024, **values}
+    component.write(Path(folder) / "transformer", raw, weights)
 
 
 def lcm_scheduler_config(times: Sequence[float]) -> dict[str, Any]:
@@ -204,10 +155,4 @@ def export(
         "scheduler": ["diffusers", type(scheduler).__name__],
         "transformer": ["diffusers", "WanTransformer3DModel"],
     }
-    original = source / "model_index.json" if source else None
-    given = json.loads(original.read_text()) if original and original.is_file() else {}
-    for name, kind in COMPONENTS.items():
-        index[name] = given.get(name, kind)
-        if source and (source / name).is_dir():
-            shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    component.write_index(folder, index, COMPONENTS, source)

@@ -1,0 +1,222 @@
+"""SDXL (arXiv 2307.01952): diffusers' `UNet2DConditionModel` as a role's network.
+
+B batch, C channel, H W space, S text tokens, D cross_attention_dim, P pooled_dim, G time_cond_proj_dim.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdmd.denoiser import Cond
+
+UP = {"DownBlock2D": "UpBlock2D", "CrossAttnDownBlock2D": "CrossAttnUpBlock2D"}
+# keys of diffusers' config.json that fastdmd's SDXL fixes, with the value it has
+FIXED: dict[str, Any] = {
+    "act_fn": "silu",
+    "addition_embed_type": "text_time",
+    "attention_type": "default",
+    "center_input_sample": False,
+    "class_embed_type": None,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "cross_attention_norm": None,
+    "downsample_padding": 1,
+    "dropout": 0.0,
+    "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "mid_block_only_cross_attention": None,
+    "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "norm_eps": 1e-5,
+    "num_attention_heads": None,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
+    "resnet_time_scale_shift": "default",
+    "reverse_transformer_layers_per_block": None,
+    "time_embedding_act_fn": None,
+    "time_embedding_dim": None,
+    "time_embedding_type": "positional",
+    "timestep_post_act": None,
+    "use_linear_projection": True,
+}
+TIME_IDS = 6  # original height and width, crop top and left, target height and width
+
+
+@dataclass(frozen=True, kw_only=True)
+class SDXLConfig:
+    """The keys of diffusers' `unet/config.json` that define an SDXL; lists have a number for each level."""
+
+    block_out_channels: tuple[int, ...] = (320, 640, 1280)
+    down_block_types: tuple[str, ...] = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
+    transformer_layers_per_block: tuple[int, ...] = (1, 2, 10)
+    attention_head_dim: tuple[int, ...] = (5, 10, 20)  # the number of heads, whatever diffusers calls it
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    cross_attention_dim: int = 2048
+    addition_time_embed_dim: int = 256
+    projection_class_embeddings_input_dim: int = 2816
+    in_channels: int = 4
+    out_channels: int = 4
+    sample_size: int = 128  # the side of latents that a pipeline makes when it is not told
+    time_cond_proj_dim: int | None = None  # of a guidance embedding; LCM uses 256
+
+    @property
+    def up_block_types(self) -> tuple[str, ...]:
+        return tuple(UP[kind] for kind in reversed(self.down_block_types))
+
+    def keys(self) -> dict[str, Any]:
+        """All that diffusers has to be told."""
+        return {**FIXED, **asdict(self), "up_block_types": self.up_block_types}
+
+    @property
+    def text_dim(self) -> int:
+        return self.cross_attention_dim
+
+    @property
+    def grain(self) -> tuple[int, int]:
+        """Latents along H, W have to be multiples of it: every level but the last halves them."""
+        side = 2 ** (len(self.block_out_channels) - 1)
+        return side, side
+
+    @property
+    def pooled_dim(self) -> int:
+        return self.projection_class_embeddings_input_dim - TIME_IDS * self.addition_time_embed_dim
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        levels = len(self.block_out_channels)
+        for key in ("down_block_types", "transformer_layers_per_block", "attention_head_dim"):
+            if (n := len(getattr(self, key))) != levels:
+                yield key, f"has {n} values for {levels} levels; give it one for each of block_out_channels"
+        if strange := set(self.down_block_types) - set(UP):
+            yield "down_block_types", f"{min(strange)!r} is not one of {', '.join(UP)}; use one of them"
+        for key, value in asdict(self).items():
+            if any(isinstance(n, int) and n < 1 for n in (value if isinstance(value, tuple) else (value,))):
+                yield key, f"{value} is not positive; SDXL uses {getattr(SDXLConfig, key)}"
+                return  # by which the rest would divide
+        if any(width % self.norm_num_groups for width in self.block_out_channels):
+            yield "norm_num_groups", f"{self.norm_num_groups} does not divide {list(self.block_out_channels)}; use 8"
+        for width, heads in zip(self.block_out_channels, self.attention_head_dim, strict=False):
+            if width % heads:
+                yield "attention_head_dim", f"{heads} heads do not divide {width} channels; use a number that does"
+        if self.pooled_dim < 1:
+            least = TIME_IDS * self.addition_time_embed_dim
+            yield (
+                "projection_class_embeddings_input_dim",
+                f"{self.projection_class_embeddings_input_dim} leaves nothing of pooled text beside {TIME_IDS} x "
+                f"addition_time_embed_dim = {least}; use more",
+            )
+
+
+def guidance_embedding(w: Tensor, dim: int) -> Tensor:
+    """Sinusoidal embedding of guidance [B] -> float32 [B, dim], sines first, a zero behind an odd dim.
+
+    As LCM (2310.04378) trains it: of 1000 g for the g of its `cond + g (cond - uncond)`, which is w - 1.
+    """
+    half = dim // 2
+    freq = torch.exp(torch.arange(half, device=w.device, dtype=torch.float32) * (-math.log(10000.0) / (half - 1)))
+    angle = 1000 * (w.float() - 1)[:, None] * freq
+    return torch.cat([angle.sin(), angle.cos(), angle.new_zeros(len(w), dim % 2)], dim=1)
+
+
+class SDXL(nn.Module):
+    """A role's network: x_t [B, C, H, W], model_t [B] (index into the noise table), Cond -> F [B, C, H, W]."""
+
+    def __init__(self, config: SDXLConfig) -> None:
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+        super().__init__()
+        self.config = config
+        self.unet: Any = UNet2DConditionModel(**config.keys())
+        if config.time_cond_proj_dim is not None:  # zero, so that a student starts as its teacher
+            nn.init.zeros_(self.unet.time_embedding.cond_proj.weight)
+
+    @property
+    def checkpointing(self) -> bool:
+        return self.unet.is_gradient_checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, on: bool) -> None:
+        (self.unet.enable_gradient_checkpointing if on else self.unet.disable_gradient_checkpointing)()
+
+    @torch.no_grad()
+    def start_from_scratch(self) -> "SDXL":
+        """Random weights to train from: every residual branch and the output start at zero (2105.05233)."""
+        for name, parameter in self.named_parameters():
+            if name.rpartition(".")[0].endswith((".conv2", ".proj_out", ".conv_out")):
+                parameter.zero_()
+        return self
+
+    def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond) -> Tensor:
+        dtype = self.unet.conv_in.weight.dtype
+        if cond.pooled is None or cond.time_ids is None:
+            raise ValueError("SDXL needs Cond.pooled and Cond.time_ids beside the text; this world gives neither")
+        added = {"text_embeds": cond.pooled.to(dtype), "time_ids": cond.time_ids}
+        told = self._told_guidance(cond.guidance)
+        return self.unet(
+            x_t.to(dtype),
+            model_t,
+            cond.text.to(dtype),
+            timestep_cond=None if told is None else told.to(dtype),
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+
+    def _told_guidance(self, w: Tensor | None) -> Tensor | None:
+        """The embedding [B, G] of the guidance that the network is told; ValueError when one of them has none."""
+        dim = self.config.time_cond_proj_dim
+        if (w is None) == (dim is None):
+            return None if w is None or dim is None else guidance_embedding(w, dim)
+        raise ValueError(
+            f"time_cond_proj_dim is {dim}, so SDXL has a guidance embedding; set Cond.guidance"
+            if w is None
+            else "Cond.guidance is set, and this SDXL has no guidance embedding; use one with time_cond_proj_dim = 256"
+        )
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Nothing to choose: attention is diffusers' own."""
+
+    def cast(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Round parameters to the compute dtype in place, all of them as diffusers does. -> the float32 originals of
+        those that were rounded, by name: an optimizer's masters."""
+        masters = {}
+        for name, parameter in self.named_parameters():
+            if dtype != torch.float32:
+                masters[name] = parameter.detach().float()
+                parameter.data = parameter.data.to(dtype)
+        return masters
+
+    def flops(self, shape: Iterable[int], text_tokens: int) -> int:
+        """Multiply-adds x 2 of one forward of a latent [B, C, H, W]: matrix products, convolutions and attention.
+
+        Of the network without adapters.
+        """
+        B, *latent = shape
+        return B * _flops(self.config, tuple(latent), text_tokens)
+
+
+@lru_cache(maxsize=32)
+def _flops(config: SDXLConfig, latent: tuple[int, ...], text_tokens: int) -> int:
+    """Of one sample, counted on the meta device."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        net, x_t = SDXL(config), torch.empty(1, *latent)
+        cond = Cond(
+            torch.empty(1, text_tokens, config.cross_attention_dim),
+            torch.empty(1, config.pooled_dim),
+            torch.empty(1, TIME_IDS),
+            None if config.time_cond_proj_dim is None else torch.empty(1),
+        )
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            net(x_t, torch.empty(1), cond)
+    return counter.get_total_flops()

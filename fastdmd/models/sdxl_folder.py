@@ -1,0 +1,157 @@
+"""Diffusers folders of SDXL: the UNet in and out with no key map, the noise table, and a pipeline that others open."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdmd.models import component
+from fastdmd.models.sdxl import FIXED, SDXL, SDXLConfig
+from fastdmd.schedule import VPSchedule
+
+COND_PROJ = "unet.time_embedding.cond_proj.weight"
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}  # diffusers' names, ours
+LEVELS = ("transformer_layers_per_block", "attention_head_dim")  # diffusers takes one number for all levels too
+COMPONENTS = {
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """The keys of `scheduler/scheduler_config.json` that define the noise, with SDXL's values."""
+
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"  # linear in sqrt(beta); or "linear"
+    num_train_timesteps: int = 1000
+    prediction_type: str = "epsilon"
+
+    def schedule(self) -> VPSchedule:
+        """alphas_cumprod in float64; diffusers has the same in float32."""
+        power = {"scaled_linear": 0.5, "linear": 1.0}[self.beta_schedule]
+        ends = self.beta_start**power, self.beta_end**power
+        betas = torch.linspace(*ends, self.num_train_timesteps, dtype=torch.float64) ** (1 / power)
+        return VPSchedule((1 - betas).cumprod(0), PREDICTIONS[self.prediction_type])
+
+
+def read_noise(folder: Path) -> Noise:
+    """Of `folder/scheduler`; ValueError for a table or a prediction that there is none of here."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    raw = component.read_json(path)
+    known = {f.name for f in fields(Noise)}
+    noise = Noise(**{key: value for key, value in raw.items() if key in known})
+    for key, values in {"beta_schedule": ("scaled_linear", "linear"), "prediction_type": tuple(PREDICTIONS)}.items():
+        if (value := getattr(noise, key)) not in values:
+            raise ValueError(f"{path}: {key} = {value!r} is not one of {', '.join(values)}; name an SDXL")
+    for key in ("trained_betas", "rescale_betas_zero_snr"):
+        if raw.get(key):
+            raise ValueError(f"{path}: {key} = {raw[key]!r} gives a noise table of another kind; name an SDXL")
+    return noise
+
+
+def make_schedule(folder: Path | None) -> VPSchedule:
+    """The noise of a diffusers folder; without one, SDXL's own."""
+    return (Noise() if folder is None else read_noise(folder)).schedule()
+
+
+def read_config(folder: Path) -> SDXLConfig:
+    """The architecture of `folder/unet`; ValueError for what is not an SDXL."""
+    path = folder / "unet" / "config.json"
+    raw = component.read_json(path)
+    if raw.get("_class_name") != "UNet2DConditionModel":
+        raise ValueError(
+            f"{folder}: unet is a {raw.get('_class_name')}, not a UNet2DConditionModel; name a diffusers folder of SDXL"
+        )
+    # diffusers writes every key; what an older one left out was as it is here, but for these
+    raw = {"addition_embed_type": None, "use_linear_projection": False, **raw}
+    for key, value in FIXED.items():
+        if raw.get(key, value) != value:
+            raise ValueError(f"{folder}: unet has {key} = {raw[key]!r}, and SDXL {value!r}; name an SDXL")
+    known = {f.name for f in fields(SDXLConfig)}
+    if absent := sorted(known - {"time_cond_proj_dim", "sample_size"} - set(raw)):
+        raise ValueError(f"{path} has no {', '.join(absent)}; download or save the folder again")
+    given: dict[str, Any] = {key: value for key, value in raw.items() if key in known}
+    given |= {key: [given[key]] * len(given["block_out_channels"]) for key in LEVELS if isinstance(given[key], int)}
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    config = SDXLConfig(**given)
+    for key, message in config.problems():
+        raise ValueError(f"{folder}: unet has {key}: {message}")
+    if (ups := raw.get("up_block_types")) != list(config.up_block_types):
+        raise ValueError(f"{folder}: unet has up_block_types = {ups}, no mirror of its down_block_types; name an SDXL")
+    return config
+
+
+def with_guidance(config: SDXLConfig, time_cond_proj_dim: int | None) -> SDXLConfig:
+    """With a guidance embedding of that width; None leaves the architecture as it is."""
+    return config if time_cond_proj_dim is None else replace(config, time_cond_proj_dim=time_cond_proj_dim)
+
+
+def load(folder: str | Path, device: torch.device | str = "cpu", time_cond_proj_dim: int | None = None) -> SDXL:
+    """The UNet of a diffusers folder, float32.
+
+    `time_cond_proj_dim` gives it a guidance embedding, which is zero where the folder has none. A folder that has one
+    was trained to be told its guidance: another width is refused, and without the argument it keeps its own.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    had = config.time_cond_proj_dim
+    if time_cond_proj_dim is not None and had not in (None, time_cond_proj_dim):
+        raise ValueError(f"{folder}: unet has a guidance embedding of width {had}, not {time_cond_proj_dim}; use {had}")
+    with torch.device("meta"):
+        net = SDXL(with_guidance(config, time_cond_proj_dim))
+    expected = net.state_dict()
+    weights = {f"unet.{name}": value for name, value in component.read_weights(folder / "unet").items()}
+    if had is None and COND_PROJ in expected:
+        weights[COND_PROJ] = torch.zeros(expected[COND_PROJ].shape)
+    component.check_fit(folder / "unet", weights, expected)
+    # a copy: tensors read on the CPU are views of the file, which may be written over while a run goes on
+    net.load_state_dict({key: x.to(device, torch.float32, copy=True) for key, x in weights.items()}, assign=True)
+    return net
+
+
+def save(folder: str | Path, config: SDXLConfig, weights: Mapping[str, Tensor]) -> None:
+    """Write `folder/unet` as diffusers does; `weights` by the names of SDXL."""
+    named = {name.removeprefix("unet."): value for name, value in weights.items()}
+    component.write(Path(folder) / "unet", {"_class_name": "UNet2DConditionModel", **config.keys()}, named)
+
+
+def ddim_scheduler(noise: Noise) -> Any:
+    """diffusers' solver of a many-step model: `sampler.ode` on `VPSchedule.solver_grid`, where steps divide 1,000."""
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    return DDIMScheduler(**asdict(noise), clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing")
+
+
+def lcm_scheduler(noise: Noise, original_inference_steps: int = 50) -> Any:
+    """diffusers' sampler of an LCM student that was trained on a solver of `original_inference_steps`."""
+    from diffusers.schedulers.scheduling_lcm import LCMScheduler
+
+    return LCMScheduler(**asdict(noise), original_inference_steps=original_inference_steps)
+
+
+def export(
+    folder: Path, config: SDXLConfig, weights: Mapping[str, Tensor], scheduler: Any, source: Path | None
+) -> None:
+    """A diffusers pipeline folder; text encoders, tokenizers and VAE are copied from `source` where it has them.
+
+    Empty prompts are zeros in both embeddings, as SDXL's guidance has them.
+    """
+    from diffusers import __version__
+
+    save(folder, config, weights)
+    scheduler.save_pretrained(folder / "scheduler")
+    index: dict[str, Any] = {"_class_name": "StableDiffusionXLPipeline", "_diffusers_version": __version__}
+    index |= {
+        "scheduler": ["diffusers", type(scheduler).__name__],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "force_zeros_for_empty_prompt": True,
+    }
+    component.write_index(folder, index, COMPONENTS, source)
