@@ -262,6 +262,10 @@ def _check_family(config: Config) -> Problems:
     for role, kind in vars(config.model.attention).items():
         if kind == "vsa":
             yield f"model.attention.{role}", "video sparse attention is Wan's; remove the key"
+    if config.method.name == "dcm":
+        yield "method.name", "'dcm' is for flow models such as Wan; use dmd, sid or lcm"
+    elif "heads" in config.method.roles.values():
+        yield "method.gan_weight", "the discriminator judges by Wan's blocks, and SDXL has none; use 0"
     if config.rollout and config.rollout.mode == "causal":
         yield "rollout.mode", "'causal' makes videos block by block, and SDXL images; use 'bidirectional'"
 

@@ -248,7 +248,12 @@ def test_the_resolved_configuration_is_a_configuration(text):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_repository_s_configurations_load(path, monkeypatch, tmp_path):
-    monkeypatch.chdir(path.parent.parent)
+    """In a folder with their assets, and with what one of them wants another to have exported."""
+    (tmp_path / "assets").symlink_to(path.parent.parent / "assets")
+    exported = tmp_path / "runs" / "tiny_dcm_semantic" / "student"
+    exported.parent.mkdir(parents=True)
+    exported.symlink_to(tmp_path / "assets" / "tiny_wan")
+    monkeypatch.chdir(tmp_path)
     config = configs.load(path)
-    (tmp_path / "resolved.toml").write_text(configs.dump(config), encoding="utf-8")
-    assert configs.load(tmp_path / "resolved.toml") == config
+    Path("resolved.toml").write_text(configs.dump(config), encoding="utf-8")
+    assert configs.load("resolved.toml") == config
