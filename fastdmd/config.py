@@ -163,7 +163,7 @@ class Config:
 
     def role_options(self, role: str) -> Options:
         """What a role's network has beside its weights."""
-        like = "student" if role == "target" else role
+        like = "student" if role in ("target", "semantic") else role  # its average, and the student of another run
         sparse = self.vsa is not None and vars(self.model.attention).get(like) == "vsa"
         rolls = self.rollout is not None and self.rollout.mode == "causal"
         return Options(
@@ -263,6 +263,10 @@ def _check_family(config: Config) -> Problems:
     for role, kind in vars(config.model.attention).items():
         if kind == "vsa":
             yield f"model.attention.{role}", "video sparse attention is Wan's; remove the key"
+    if config.method.name == "dcm":
+        yield "method.name", "'dcm' is for flow models such as Wan; use dmd, sid or lcm"
+    elif "heads" in config.method.roles.values():
+        yield "method.gan_weight", "the discriminator judges by Wan's blocks, and SDXL has none; use 0"
     if config.rollout and config.rollout.mode == "causal":
         yield "rollout.mode", "'causal' makes videos block by block, and SDXL images; use 'bidirectional'"
 
@@ -283,7 +287,7 @@ def _check_data(config: Config) -> Problems:
         return
     needs_latents = config.method.needs_latents or (config.rollout and config.rollout.mode == "data")
     if data.kind == "prompts" and needs_latents and all(Path(source).is_file() for source in data.sources):
-        remedy = "name encoded folders, or use dmd with rollout.mode = 'bidirectional'"
+        remedy = "name encoded folders, or use dmd with rollout.mode = 'bidirectional' and gan_weight = 0"
         yield "data.sources", f"prompt files have no latents; {remedy}"
         return
     if not builtin and config.model.scratch:

@@ -275,7 +275,7 @@ def export_student(path: Path, out: Path) -> None:
     Adapters are merged into it, and stand beside it as pytorch_lora_weights.safetensors where they are all there is.
     """
     run = reopen(path)
-    config, times, net = run.config, run.method.times, run.nets["student"].net
+    config, times, net = run.config, run.method.times if run.method.renoises else None, run.nets["student"].net
     with validation_weights(run):
         weights = merged(net) if config.lora else {name: p.detach().clone() for name, p in net.named_parameters()}
         adapters = {name: p.detach().clone() for name, p in lora_parameters(net).items()}

@@ -41,9 +41,8 @@ class Config:
             yield "every", f"{self.every} is negative; 0 validates only at the end"
 
 
-def ode_sampler(denoiser: Denoiser, schedule: Schedule, steps: int, guidance: float) -> Sampler:
-    """A many-step model: Euler on the shifted grid under guidance."""
-    grid = schedule.solver_grid(steps)
+def ode_sampler(denoiser: Denoiser, schedule: Schedule, grid: Tensor, guidance: float) -> Sampler:
+    """A model by Euler steps along a grid, under guidance."""
     return lambda noise, cond, uncond, rng: sampler.ode(
         sampler.guided(denoiser, uncond, guidance), schedule, noise, grid, cond
     )

@@ -203,7 +203,7 @@ def test_all_faults_are_told_at_once_in_the_order_of_the_file():
     assert told(text.replace("frames = 81", "frames = 121"), "run.seed='a'") == [
         "command line: run.seed: 'a' is not a whole number; e.g. seed = 0",
         "run.toml:4: run.batch_size: 0 is not positive; use 1 or more",
-        "run.toml:14: method.name: 'dmb' is not one of dmd, sid, lcm, flow; did you mean 'dmd'?",
+        "run.toml:14: method.name: 'dmb' is not one of dmd, sid, dcm, lcm, flow; did you mean 'dmd'?",
         "run.toml:22: optim.student.lrr: unknown key; did you mean 'lr'?",
         "run.toml:29: data.frames: 121 gives 31 latent frames, not a multiple of rollout.frames_per_block = 3; "
         "nearest: 117 or 129",
@@ -270,7 +270,12 @@ def test_the_resolved_configuration_is_a_configuration(text):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_repository_s_configurations_load(path, monkeypatch, tmp_path):
-    monkeypatch.chdir(path.parent.parent)
+    """In a folder with their assets, and with what one of them wants another to have exported."""
+    (tmp_path / "assets").symlink_to(path.parent.parent / "assets")
+    exported = tmp_path / "runs" / "tiny_dcm_semantic" / "student"
+    exported.parent.mkdir(parents=True)
+    exported.symlink_to(tmp_path / "assets" / "tiny_wan")
+    monkeypatch.chdir(tmp_path)
     config = configs.load(path)
-    (tmp_path / "resolved.toml").write_text(configs.dump(config), encoding="utf-8")
-    assert configs.load(tmp_path / "resolved.toml") == config
+    Path("resolved.toml").write_text(configs.dump(config), encoding="utf-8")
+    assert configs.load("resolved.toml") == config

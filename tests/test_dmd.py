@@ -107,7 +107,8 @@ def test_every_key_has_a_test():
     keys = {field.name for cls in (Config, CriticConfig, rollouts.Config) for field in fields(cls)}
     elsewhere = {"updates_per_generator", "updates_per_rollout", "path", "name"}
     causal = {"frames_per_block", "independent_first_frame", "shared_exit_step", "context_noise"}
-    assert keys == OVERRIDES.keys() | elsewhere | causal
+    gan = {"gan_weight", "gan_critic_weight", "gan_layers"}  # in test_gan
+    assert keys == OVERRIDES.keys() | elsewhere | causal | gan
 
 
 # --------------------------------------------------------------- who is called, and who learns

@@ -292,11 +292,13 @@ def test_samples_are_those_of_diffusers_lcm_scheduler(embedding, monkeypatch):
         for t in scheduler.timesteps:
             F = nets["student"].net(x, t.expand(4).float(), cond)
             x, denoised = scheduler.step(F, t, x, return_dict=False)
-        got = make(VP, guidance_embedding=embedding).sample(nets, noise, BATCH.cond, make_noise())
+        got = make(VP, guidance_embedding=embedding).sample(nets, noise, BATCH.cond, BATCH.uncond, make_noise())
     torch.testing.assert_close(got, denoised, rtol=1e-4, atol=1e-4)
     with torch.no_grad():  # the keys of the sampler are read
-        other = make(VP, guidance_embedding=embedding, guidance=3.0).sample(nets, noise, BATCH.cond, make_noise())
-        few = make(VP, denoising_timesteps=(1000.0, 500.0)).sample(nets, noise, BATCH.cond, make_noise())
+        other = make(VP, guidance_embedding=embedding, guidance=3.0).sample(
+            nets, noise, BATCH.cond, BATCH.uncond, make_noise()
+        )
+        few = make(VP, denoising_timesteps=(1000.0, 500.0)).sample(nets, noise, BATCH.cond, BATCH.uncond, make_noise())
     assert torch.allclose(got, other) != embedding
     assert not torch.allclose(got, few)
 

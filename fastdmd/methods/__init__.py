@@ -1,5 +1,6 @@
 """The objectives, by the name in [method]."""
 
+from fastdmd.methods.dcm import DCM
 from fastdmd.methods.dmd import DMD
 from fastdmd.methods.flow import Flow
 from fastdmd.methods.lcm import LCM
@@ -8,4 +9,4 @@ from fastdmd.methods.sid import SiD
 
 __all__ = ["METHODS", "Method", "MethodConfig", "Role"]
 
-METHODS = {"dmd": DMD, "sid": SiD, "lcm": LCM, "flow": Flow}
+METHODS = {"dmd": DMD, "sid": SiD, "dcm": DCM, "lcm": LCM, "flow": Flow}

@@ -86,7 +86,7 @@ class LCM(Method):
         made = self.consistency(nets["student"], z, t, self.told(batch.cond, w))
         return distance(self.config.loss, made, wanted, self.config.huber_c), {}
 
-    def sample(self, nets: Nets, noise: Tensor, cond: Cond, rng: Rng) -> Tensor:
+    def sample(self, nets: Nets, noise: Tensor, cond: Cond, uncond: Cond, rng: Rng) -> Tensor:
         """Multi-step consistency sampling (algorithm 3)."""
         told = self.told(cond, torch.full((len(noise),), self.guidance, dtype=torch.float64))
 

@@ -22,11 +22,6 @@ class MethodConfig(Protocol):
     uses: ClassVar[tuple[str, ...]]  # config tables beside [method]
 
     @property
-    def needs_latents(self) -> bool:
-        """Whether it trains on clean latents, or on prompts alone."""
-        ...
-
-    @property
     def guidance_embedding(self) -> bool:
         """Whether the student is told its guidance."""
         ...
@@ -37,12 +32,19 @@ class MethodConfig(Protocol):
     @property
     def roles(self) -> Mapping[str, Role]: ...
 
+    @property
+    def needs_latents(self) -> bool:
+        """Whether it trains on clean latents, `batch.x0`."""
+        ...
+
 
 class Method(Protocol):
     """One objective, made from its table, the noise schedule and the tables that it uses."""
 
     times: Any  # Tensor float64 [n], the student's own times, descending; or None: it has no few-step sampler
     guidance: float  # of the teacher that the student is made after; 1 is off
+    few_grid: Tensor | None = None  # float64 [steps + 1], of a teacher at the student's steps; None: solver_grid(n)
+    renoises: bool = True  # between its times, as diffusers' LCM scheduler does; else it takes Euler steps
 
     def phases(self, step: int) -> tuple[str, ...]:
         """What step `step` does, in order."""
@@ -56,7 +58,7 @@ class Method(Protocol):
         """(loss, metrics) of a micro-batch."""
         ...
 
-    def sample(self, nets: Nets, noise: Tensor, cond: Cond, rng: Rng) -> Tensor:
+    def sample(self, nets: Nets, noise: Tensor, cond: Cond, uncond: Cond, rng: Rng) -> Tensor:
         """x0 [B, C, ..] by the student's few steps, when it has `times`."""
         raise NotImplementedError
 

@@ -3,7 +3,7 @@
 DMD 2311.18828, DMD2 2405.14867, Self-Forcing 2506.08009. B batch; latents [B, C, T, H, W].
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from fastdmd import rollout as rollouts
 from fastdmd.causal import sample_blocks
 from fastdmd.denoiser import Batch, Cond, Denoiser, guide
-from fastdmd.methods.method import Carry, Loss, Method, Nets
+from fastdmd.methods.method import Carry, Loss, Method, Nets, Role
 from fastdmd.rng import Rng
 from fastdmd.sampler import renoise
 from fastdmd.schedule import Coeffs, Schedule, add_noise, coeffs, shift, student_times, timestep_problems, unshift
@@ -43,9 +43,7 @@ class ScoreConfig:
     """Keys of [method] that DMD and SiD share."""
 
     uses: ClassVar = ("critic", "rollout")
-    needs_latents: ClassVar = False
     guidance_embedding: ClassVar = False
-    roles: ClassVar = {"student": "train", "teacher": "frozen", "critic": "train"}
 
     denoising_timesteps: tuple[float, ...]  # the student's steps, model timesteps in (0, 1000], descending
     guidance: float  # teacher, uncond + w (cond - uncond); published real_guidance_scale g is w = g + 1
@@ -55,6 +53,14 @@ class ScoreConfig:
     score_timestep_shift: float | None = None  # absent: schedule.flow_shift
     score_timestep_range: tuple[float, float] = (0.02, 0.98)
     score_window: Literal["none", "lower", "upper", "both"] = "none"
+
+    @property
+    def roles(self) -> Mapping[str, Role]:
+        return {"student": "train", "teacher": "frozen", "critic": "train"}
+
+    @property
+    def needs_latents(self) -> bool:
+        return False
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from timestep_problems(self.denoising_timesteps)
@@ -91,7 +97,7 @@ class ScoreDistillation(Method):
         """One rollout a step; every k-th also trains the student, k = updates_per_generator / updates_per_rollout."""
         return (("student",) if step % self.rollouts_per_generator == 0 else ()) + self.critic_phases
 
-    def sample(self, nets: Nets, noise: Tensor, cond: Cond, rng: Rng) -> Tensor:
+    def sample(self, nets: Nets, noise: Tensor, cond: Cond, uncond: Cond, rng: Rng) -> Tensor:
         student, how = nets["student"], self.rollout_config
         if how.mode == "causal":
             return sample_blocks(student, noise, self.times, how.blocks(noise.shape[2]), how.context_noise, cond, rng)
@@ -136,13 +142,22 @@ class ScoreDistillation(Method):
         frames = torch.arange(x0.shape[2], device=x0.device) >= x0.shape[2] - k
         return frames.view(1, 1, -1, 1, 1)
 
+    def last_frames(self, x0: Tensor) -> Tensor:
+        """x0 with gradient in the elements of `mask` only."""
+        mask = self.mask(x0)
+        return x0 if mask is None else torch.where(mask, x0, x0.detach())
+
     def critic_loss(self, nets: Nets, batch: Batch, rng: Rng, carry: Carry) -> Loss:
         """mean((F_critic(z, s) - target)^2) on the student's samples, conditional unless `critic_train_guidance`."""
+        z, s, target = self.critic_task(nets, batch, rng, carry)
+        F = guided(nets["critic"], z, s, batch, self.config.critic_train_guidance)
+        return (F - target).square().mean(), {}
+
+    def critic_task(self, nets: Nets, batch: Batch, rng: Rng, carry: Carry) -> tuple[Tensor, Tensor, Tensor]:
+        """(z, s, target): a sample of the student noised to a score time, and the F to learn there."""
         made = self.rollout(nets, batch, rng, carry, grad=False)
         s, eps = self.score_time(rng, made), rng.normal(batch.latent_shape)
-        z = add_noise(self.schedule, made.x0_g, eps, s)
-        F = guided(nets["critic"], z, s, batch, self.config.critic_train_guidance)
-        return (F - self.schedule.target(made.x0_g, eps, s)).square().mean(), {}
+        return add_noise(self.schedule, made.x0_g, eps, s), s, self.schedule.target(made.x0_g, eps, s)
 
 
 def guided(net: Denoiser, z: Tensor, s: Tensor, batch: Batch, w: float) -> Tensor:

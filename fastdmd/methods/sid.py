@@ -6,8 +6,6 @@ Differs from DMD in one thing: z is not detached, and the gradient flows through
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from fastdmd.denoiser import Batch
 from fastdmd.methods.method import Carry, Loss, Nets
 from fastdmd.methods.score_distillation import ScoreConfig, ScoreDistillation
@@ -28,8 +26,6 @@ class SiD(ScoreDistillation):
         """Student: eq. 23 with the normaliser of DMD. `trains` keeps both scores' parameters out of the gradient."""
         if phase == "critic":
             return self.critic_loss(nets, batch, rng, carry)
-        x0_g = self.rollout(nets, batch, rng, carry, grad=True).x0_g
-        if (mask := self.mask(x0_g)) is not None:
-            x0_g = torch.where(mask, x0_g, x0_g.detach())
+        x0_g = self.last_frames(self.rollout(nets, batch, rng, carry, grad=True).x0_g)
         z, F_fake, F_c, F_u, c = self.scores(nets, x0_g, carry["rollout"], batch, rng)
         return sid_loss(x0_g, z, F_fake, F_c, F_u, c.a, c.b, self.config.guidance, self.config.alpha)
