@@ -73,7 +73,7 @@ def build(config: Config) -> Run:
                 net, masters = method.make_heads(nets).to(device), {}
         else:
             net = make_net(config, role, device)
-            net.checkpointing = how == "train" and config.memory.checkpointing == "full"
+            net.checkpointing = config.memory.checkpointing == "full"  # of frozen ones too: SiD's pass gradient on
             net.prepare(device, dtype)
             masters = net.cast(dtype)
         lora = config.role_lora(role)

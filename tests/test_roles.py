@@ -1,5 +1,6 @@
 """What a role's network is: an average, adapters that are all that learns, a student that goes block by block."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -138,3 +139,20 @@ def test_add_lora_refuses_a_name_that_is_none(tmp_path):
     config = make_config(tmp_path, "lcm_lora", 'lora.targets=["to_qq"]')
     with pytest.raises(ValueError, match=r"lora\.targets: no layer is called to_qq"):
         train.build(config)
+
+
+RECOMPUTED = {"dmd": {"student", "critic"}, "causal_sid": {"student", "teacher", "critic"}}
+
+
+@pytest.mark.parametrize("how", RECOMPUTED)
+def test_checkpointing_recomputes_and_changes_nothing(tmp_path, how):
+    """In frozen networks too, through which SiD's gradient passes."""
+    read, calls = {}, {"none": Counter(), "full": Counter()}
+    for memory, count in calls.items():
+        run = train.build(make_config(tmp_path / memory, how, f"memory.checkpointing='{memory}'"))
+        for role, net in run.nets.items():
+            # before: a recomputation ends as soon as it has what the backward wants
+            net.net.blocks[0].register_forward_pre_hook(lambda *_, role=role, count=count: count.update([role]))
+        read[memory] = train.take_step(run)
+    assert read["none"] == pytest.approx(read["full"], rel=1e-4)
+    assert set(calls["full"] - calls["none"]) == RECOMPUTED[how]
