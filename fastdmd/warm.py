@@ -44,7 +44,7 @@ def nets_on_meta(config: Config, method: Method, depth: int | None = None) -> di
                 net = config.family.make(architecture, config.role_options(role))
                 if lora:
                     add_lora(net, lora.rank, lora.alpha, lora.targets, config.run.seed)
-                net.checkpointing = how == "train" and config.memory.checkpointing == "full"
+                net.checkpointing = config.memory.checkpointing == "full"
                 net.cast(config.precision.dtype)
         nets[role] = Denoiser(net, schedule, lora_parameters(net, lora.modules) if lora else None)
     return nets

@@ -81,7 +81,6 @@ resolution = [16, 32]
 """
 )
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
 SIZES = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 24}
 WAN = {"_class_name": "WanTransformer3DModel", **SIZES, "num_layers": 1}
 MODELS = {  # transformer/config.json of each
@@ -266,16 +265,3 @@ def test_the_resolved_configuration_is_a_configuration(text):
     Path("resolved.toml").write_text(configs.dump(config), encoding="utf-8")
     assert configs.load("resolved.toml") == config
     assert configs.load("resolved.toml", ["run.seed=1"]) != config
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_the_repository_s_configurations_load(path, monkeypatch, tmp_path):
-    """In a folder with their assets, and with what one of them wants another to have exported."""
-    (tmp_path / "assets").symlink_to(path.parent.parent / "assets")
-    exported = tmp_path / "runs" / "tiny_dcm_semantic" / "student"
-    exported.parent.mkdir(parents=True)
-    exported.symlink_to(tmp_path / "assets" / "tiny_wan")
-    monkeypatch.chdir(tmp_path)
-    config = configs.load(path)
-    Path("resolved.toml").write_text(configs.dump(config), encoding="utf-8")
-    assert configs.load("resolved.toml") == config
