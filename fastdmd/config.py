@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union
 from fastdmd import shapes, strict, toml
 from fastdmd.checkpoint import Config as CheckpointConfig
 from fastdmd.data import Config as DataConfig
+from fastdmd.encoded import read_folders
 from fastdmd.log import Config as LogConfig
 from fastdmd.methods import METHODS, Method
 from fastdmd.methods.flow import Flow
@@ -283,21 +284,37 @@ def _check_lora(config: Config) -> Problems:
 
 def _check_data(config: Config) -> Problems:
     """What the data gives against what the method and the networks take."""
-    data, path = config.data, config.model.path
-    if data.builtin and path and (Path(path) / "text_encoder").is_dir():
-        yield "data.sources", f"'shapes' has no text for the text_encoder/ of {path!r}; name files with a prompt a line"
+    data, path, builtin = config.data, config.model.path, config.data.kind == "shapes"
+    if builtin and path and (Path(path) / "text_encoder").is_dir():
+        remedy = "name files with a prompt a line, or encoded folders"
+        yield "data.sources", f"'shapes' has no text for the text_encoder/ of {path!r}; {remedy}"
         return
-    if not data.builtin and (config.method.needs_latents or (config.rollout and config.rollout.mode == "data")):
-        remedy = "use 'shapes', or dmd with rollout.mode = 'bidirectional' and gan_weight = 0"
+    needs_latents = config.method.needs_latents or (config.rollout and config.rollout.mode == "data")
+    if data.kind == "prompts" and needs_latents and all(Path(source).is_file() for source in data.sources):
+        remedy = "name encoded folders, or use dmd with rollout.mode = 'bidirectional' and gan_weight = 0"
         yield "data.sources", f"prompt files have no latents; {remedy}"
         return
-    parts = () if data.builtin or not path else config.family.frozen
+    if not builtin and config.model.scratch:
+        key, _ = config.model.scratch
+        yield key, "random weights have no text encoder and VAE, which this data needs; give model.path instead"
+        return
+    parts = () if builtin or not path else config.family.frozen
     if absent := [part for part in parts if not (Path(path or "") / part).is_dir()]:
         yield "model.path", f"{path!r} has no {', '.join(absent)}, which prompts need; name a whole diffusers folder"
-    (C, *latent), what = data.latent_shape(), "'shapes'" if data.builtin else "the VAE"
-    needed = {"in_channels": C, "out_channels": C} | ({"text_dim": shapes.TEXT_DIM} if data.builtin else {})
+    (C, *latent), what = data.latent_shape(), "'shapes'" if builtin else "the VAE"
+    needed = {"in_channels": (C, what), "out_channels": (C, what)}
+    if (widths := _text_widths(config)) and tuple(widths) != config.family.told:
+        has, told = (
+            " and ".join(name.removesuffix("_dim") for name in names) for names in (widths, config.family.told)
+        )
+        yield (
+            "data.sources",
+            f"has {has} of prompts, and {config.model.family} is told {told}; encode it for this model",
+        )
+    else:
+        needed |= {name: (width, what if builtin else "the data") for name, width in widths.items()}
     for key, net in _architectures(config):
-        for name, value in needed.items():
+        for name, (value, what) in needed.items():
             if (given := getattr(net, name)) != value:
                 where = f"{key}.{name}" if config.model.scratch else key
                 yield where, f"{name} is {given}, and {what} needs {value}; use a network with {name} = {value}"
@@ -308,6 +325,17 @@ def _check_data(config: Config) -> Problems:
                         f"data.{name}",
                         f"{n} latents along one side are no multiple of patch {grain}; use more or fewer",
                     )
+
+
+def _text_widths(config: Config) -> dict[str, int]:
+    """Of prompts that the data has embedded already, by the keys of a network."""
+    if config.data.kind == "shapes":
+        return dict.fromkeys(config.family.told, shapes.TEXT_DIM)
+    if config.data.kind == "encoded":
+        with contextlib.suppress(ValueError):  # told by [data]
+            folder, *_ = read_folders(config.data.sources, config.data.latent_shape())
+            return {f"{key}_dim": shape[-1] for key, shape in folder.shapes.items() if key != "x0"}
+    return {}
 
 
 def _architectures(config: Config) -> Iterator[tuple[str, Any]]:
@@ -365,7 +393,7 @@ def _uneven_blocks(data: DataConfig, key: str, block: int | None, first: int) ->
 
 def _check_prompts(config: Config) -> Problems:
     known = shapes.captions(config.data.latent_frames())
-    for prompt in config.validation.prompts if config.data.builtin else ():
+    for prompt in config.validation.prompts if config.data.kind == "shapes" else ():
         if prompt not in known:
             close = strict.closest(prompt, known) or known[0]
             yield "validation.prompts", f"{prompt!r} is not a caption of 'shapes'; e.g. {close!r}"

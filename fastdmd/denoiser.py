@@ -3,8 +3,8 @@
 B batch; latents are [B, C, ..]; times are float64 [B] on the host.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,16 @@ class Cond:
             both(self.time_ids, other.time_ids),
             both(self.guidance, other.guidance),
         )
+
+    def rows(self, index: Tensor) -> "Cond":
+        """Of the samples int64 [n], in that order."""
+        return self._each(lambda x: x[index])
+
+    def to(self, device: torch.device | str) -> "Cond":
+        return self._each(lambda x: x.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Cond":
+        return replace(self, **{name: change(x) for name, x in vars(self).items() if x is not None})
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def build(config: Config) -> Run:
         if role in TRAINABLE:
             optimizers[role] = Optimizer(nets[role].trainable, config.optim[role], config.run.max_steps, masters)
     ema = EMA(optimizers["student"].masters, config.ema) if config.ema else None
-    world = make_world(config.data, config.model.path, device, dtype)
+    world = make_world(config.data, config.family, config.model.path, device, dtype)
     run = Run(config, device, world, method, schedule, nets, optimizers, ema)
     set_sparsity(run)
     return run

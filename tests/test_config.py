@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from tiny import write_encoded
 from typer.testing import CliRunner
 
 from fastdmd import config as configs
@@ -79,7 +81,6 @@ resolution = [16, 32]
 """
 )
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
 SIZES = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 24}
 WAN = {"_class_name": "WanTransformer3DModel", **SIZES, "num_layers": 1}
 MODELS = {  # transformer/config.json of each
@@ -112,7 +113,22 @@ def place(tmp_path_factory):
     (path / "prompts.txt").write_text("a cat\na dog\n")
     (path / "empty.txt").write_text("\n")
     (path / "mac.txt").write_bytes("café\n".encode("mac_roman"))
+    write_folders(path / "encoded")
     return path
+
+
+def write_folders(path):
+    """Encoded for DMD above, and below it some that are not."""
+    x0, text, thin = torch.zeros(2, 16, 21, 4, 6), torch.zeros(2, 8, 4096), torch.zeros(2, 8, 32)
+    write_encoded(path, {"x0": x0, "text": text}, text[:1])
+    write_encoded(path / "thin", {"x0": x0, "text": thin}, thin[:1])
+    write_encoded(path / "small", {"x0": torch.zeros(2, 16, 2, 2, 4), "text": thin}, thin[:1])
+    write_encoded(path / "pooled", {"x0": x0, "text": text, "pooled": thin[:, 0]}, None)
+    write_encoded(path / "one_sided", {"x0": x0, "text": text}, None)
+    write_encoded(path / "torn", {"x0": x0, "text": text}, text[:1], shard=1)
+    (path / "torn" / "00001.safetensors").unlink()
+    write_encoded(path / "short", {"x0": x0, "text": text}, text[:1])
+    save_file({"x0": x0[:1], "text": text[:1]}, path / "short" / "00000.safetensors")
 
 
 @pytest.fixture(autouse=True)
@@ -158,7 +174,12 @@ def test_a_fault_is_one_line(base, edit, expected):
     assert told(text, *overrides) == expected
 
 
-@pytest.mark.parametrize("text", [DMD, FLOW], ids=["dmd", "flow"])
+ENCODED = DMD.replace('"prompts.txt"', '"encoded", "encoded"')
+
+
+@pytest.mark.parametrize(
+    "text", [DMD, FLOW, ENCODED, ENCODED + "[rollout]\nmode = 'data'"], ids=["dmd", "flow", "encoded", "data"]
+)
 def test_what_has_no_fault_gets_past_the_configuration(text):
     with pytest.raises(pytest.fail.Exception, match="loaded before"):
         told(text)
@@ -244,16 +265,3 @@ def test_the_resolved_configuration_is_a_configuration(text):
     Path("resolved.toml").write_text(configs.dump(config), encoding="utf-8")
     assert configs.load("resolved.toml") == config
     assert configs.load("resolved.toml", ["run.seed=1"]) != config
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_the_repository_s_configurations_load(path, monkeypatch, tmp_path):
-    """In a folder with their assets, and with what one of them wants another to have exported."""
-    (tmp_path / "assets").symlink_to(path.parent.parent / "assets")
-    exported = tmp_path / "runs" / "tiny_dcm_semantic" / "student"
-    exported.parent.mkdir(parents=True)
-    exported.symlink_to(tmp_path / "assets" / "tiny_wan")
-    monkeypatch.chdir(tmp_path)
-    config = configs.load(path)
-    Path("resolved.toml").write_text(configs.dump(config), encoding="utf-8")
-    assert configs.load("resolved.toml") == config

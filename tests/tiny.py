@@ -1,10 +1,13 @@
 """Runs of milliseconds a step: a random Wan in a folder, and whole configurations on the built-in world."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 from fastdmd import config as configs
 from fastdmd.checkpoint import complete
@@ -159,6 +162,23 @@ def write_wan(path: Path, architecture: WanConfig = ARCHITECTURE, nan: bool = Fa
     if nan:
         weights["proj_out.weight"][0, 0] = torch.nan
     folder.save(path, architecture, weights)
+    return path
+
+
+def write_encoded(path: Path, tensors: Mapping[str, Tensor], uncond: Tensor | None, shard: int = 2) -> Path:
+    """A folder of encoded latents, `shard` samples a file; of x0, text, perhaps pooled [n, ..]; uncond [1, S, D]."""
+    path.mkdir(parents=True)
+    files = {}
+    for first in range(0, len(tensors["x0"]), shard):
+        rows = {key: value[first : first + shard].contiguous() for key, value in tensors.items()}
+        name = f"{first // shard:05d}.safetensors"
+        save_file(rows, path / name)
+        files[name] = len(rows["x0"])
+    if uncond is not None:
+        save_file({"text": uncond.contiguous()}, path / "uncond.safetensors")
+    shape = list(tensors["x0"].shape[1:])
+    manifest = {"latent_shape": shape, "files": files, "prompts": ["a cat", "a dog"]}
+    (path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     return path
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdmd.denoiser import Cond
 from fastdmd.models import folder as wan_folder
-from fastdmd.models import sdxl_folder
+from fastdmd.models import frozen, frozen_sdxl, sdxl_folder
 from fastdmd.models.sdxl import SDXL
 from fastdmd.models.wan import Wan
 from fastdmd.models.wan_causal import CausalWan
@@ -17,6 +18,7 @@ from fastdmd.schedule import FlowSchedule, VPSchedule
 from fastdmd_kernels.tiles import Grid
 
 GUIDANCE_EMBEDDING = 256  # width; LCM's
+Encoder = Callable[[Sequence[str]], Cond]  # on the host
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,9 @@ class Options:
 class Family:
     component: str  # the network's folder in a diffusers folder
     frozen: tuple[str, ...]  # the folders that prompts need beside it
+    encoder: Callable[[str, torch.device, torch.dtype], Encoder]  # of a folder's prompts
+    decode: Callable[[str, Tensor, torch.device, torch.dtype], Tensor]  # latents to uint8 [B, T, H, W, 3] on the host
+    told: tuple[str, ...]  # of an architecture, the widths of prompts' embeddings: of Cond.text, Cond.pooled
     latent_axes: tuple[str, ...]  # of latents [B, C, ..], by the data's keys
     read_config: Callable[[Path], Any]
     make: Callable[[Any, Options], Any]  # random weights, on torch's current device
@@ -90,6 +95,9 @@ FAMILIES: Mapping[str, Family] = {
     "wan2.1": Family(
         component="transformer",
         frozen=("text_encoder", "tokenizer", "vae"),
+        encoder=frozen.TextEncoder,
+        decode=frozen.decode,
+        told=("text_dim",),
         latent_axes=("frames", "resolution", "resolution"),
         read_config=wan_folder.read_config,
         make=_make_wan,
@@ -100,6 +108,9 @@ FAMILIES: Mapping[str, Family] = {
     "sdxl": Family(
         component="unet",
         frozen=("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae"),
+        encoder=frozen_sdxl.TextEncoder,
+        decode=frozen_sdxl.decode,
+        told=("text_dim", "pooled_dim"),
         latent_axes=("resolution", "resolution"),
         read_config=sdxl_folder.read_config,
         make=_make_sdxl,
