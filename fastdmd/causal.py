@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdmd.denoiser import Cond, Denoiser
 from fastdmd.rng import Rng
-from fastdmd.sampler import renoise_steps
+from fastdmd.sampler import ode, renoise_steps
 from fastdmd.schedule import add_noise
 
 
@@ -64,6 +64,17 @@ def renoise_blocks(
             with torch.no_grad():
                 context = add_noise(schedule, x0, rng.normal(x0.shape[1:]), context_t)
                 denoise(context, context_t, cond, write=True)
+    return torch.cat(made, dim=2)
+
+
+def ode_blocks(student: Denoiser, x: Tensor, grid: Tensor, blocks: Sequence[slice], cond: Cond) -> Tensor:
+    """`sampler.ode` block by block: a many-step causal model."""
+    cache, made = student.net.start_video(x.shape), []
+    denoise = partial(student.block, cache=cache)
+    for frames in blocks:
+        made.append(ode(denoise, student.schedule, x[:, :, frames], grid, cond))
+        if len(made) < len(blocks):
+            denoise(made[-1], torch.zeros(len(x), dtype=torch.float64), cond, write=True)
     return torch.cat(made, dim=2)
 
 

@@ -12,6 +12,7 @@ from fastdmd.data import Config as DataConfig
 from fastdmd.encoded import read_folders
 from fastdmd.log import Config as LogConfig
 from fastdmd.methods import METHODS, Method
+from fastdmd.methods.flow import Flow
 from fastdmd.methods.method import TRAINABLE
 from fastdmd.methods.score_distillation import CriticConfig
 from fastdmd.models import sdxl_folder
@@ -166,6 +167,7 @@ class Config:
         like = "student" if role in ("target", "semantic") else role  # its average, and the student of another run
         sparse = self.vsa is not None and vars(self.model.attention).get(like) == "vsa"
         rolls = self.rollout is not None and self.rollout.mode == "causal"
+        rolls = rolls or (isinstance(self.method, Flow.Config) and self.method.frames_per_block is not None)
         return Options(
             tile=self.vsa.tile if self.vsa and sparse else None,
             causal=rolls and like == "student",
@@ -267,6 +269,8 @@ def _check_family(config: Config) -> Problems:
         yield "method.name", "'dcm' is for flow models such as Wan; use dmd, sid or lcm"
     elif "heads" in config.method.roles.values():
         yield "method.gan_weight", "the discriminator judges by Wan's blocks, and SDXL has none; use 0"
+    if isinstance(config.method, Flow.Config) and config.method.frames_per_block is not None:
+        yield "method.frames_per_block", "SDXL makes images, of one frame; remove the key"
     if config.rollout and config.rollout.mode == "causal":
         yield "rollout.mode", "'causal' makes videos block by block, and SDXL images; use 'bidirectional'"
 
@@ -359,19 +363,32 @@ def _check_attention(config: Config) -> Problems:
 
 
 def _check_frames(config: Config) -> Problems:
-    rollout, data, frames = config.rollout or RolloutConfig(), config.data, config.data.latent_frames()
-    block, kept = rollout.frames_per_block, rollout.grad_frames
+    rollout, frames = config.rollout or RolloutConfig(), config.data.latent_frames()
     first = int(rollout.independent_first_frame)
+    yield from _uneven_blocks(config.data, "rollout.frames_per_block", rollout.frames_per_block, first)
+    if (kept := rollout.grad_frames) and frames > 0 and kept > frames:
+        yield "rollout.grad_frames", f"{kept} is over the {frames} latent frames; use at most {frames}"
+
+
+def _check_flow_blocks(config: Config) -> Problems:
+    if not isinstance(config.method, Flow.Config) or config.method.frames_per_block is None:
+        return
+    yield from _uneven_blocks(config.data, "method.frames_per_block", config.method.frames_per_block, 0)
+    if config.validation.teacher_guidance not in (None, 1):
+        yield "validation.teacher_guidance", "a causal flow model is sampled without guidance; remove the key"
+
+
+def _uneven_blocks(data: DataConfig, key: str, block: int | None, first: int) -> Problems:
+    """Latent frames that are not `first` and a multiple of the block."""
+    frames = data.latent_frames()
     if block and block > 0 and frames > 0 and (frames - first) % block:
         below = frames - (frames - first) % block
         near = [data.frames_for(n) for n in (below, below + block) if n > 0]
         yield (
             "data.frames",
-            f"{data.frames} gives {frames} latent frames, not {'1 + ' * first}a multiple of rollout.frames_per_block = "
-            f"{block}; nearest: {' or '.join(map(str, near))}",
+            f"{data.frames} gives {frames} latent frames, not {'1 + ' * first}a multiple of {key} = {block}; "
+            f"nearest: {' or '.join(map(str, near))}",
         )
-    if kept and frames > 0 and kept > frames:
-        yield "rollout.grad_frames", f"{kept} is over the {frames} latent frames; use at most {frames}"
 
 
 def _check_prompts(config: Config) -> Problems:
@@ -391,5 +408,6 @@ CHECKS: dict[Callable[[Config], Problems], set[str]] = {  # by the tables that e
     _check_data: {"method", "model", "teacher", "critic", "rollout", "data"},
     _check_attention: {"method", "model", "vsa", "rollout"},
     _check_frames: {"data", "rollout"},
+    _check_flow_blocks: {"method", "data", "validation"},
     _check_prompts: {"data", "validation"},
 }

@@ -3,7 +3,7 @@
 B batch; latents are [B, C, ..]; times are float64 [B] on the host.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -104,6 +104,13 @@ class Denoiser(nn.Module):
         F = wide(self.net.forward_block(x_t, coeffs(self.schedule, t, x_t).model_t, cond, cache, write))
         self._count(F, flops)
         return self.x0(x_t, t, F)
+
+    def raw_blocks(self, x_t: Tensor, t: Tensor, cond: Cond, frames: Sequence[int]) -> Tensor:
+        """F of a causal network in one pass: blocks of these numbers of frames, each at its own time, t [B, n]."""
+        model_t = coeffs(self.schedule, t.flatten(), x_t).model_t.view(t.shape)
+        F = wide(self.net.forward_blocks(x_t, model_t, cond, frames))
+        self._count(F, self.net.flops(x_t.shape, cond.text.shape[1]))
+        return F
 
     def _call(self, x_t: Tensor, model_t: Tensor, cond: Cond) -> Tensor:
         F = wide(self.net(x_t, model_t, cond))

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastdmd import validate
+from fastdmd.causal import frame_blocks, ode_blocks
 from fastdmd.checkpoint import write_atomic
 from fastdmd.hardware import peak_memory_gb
 from fastdmd.log import RunLog
@@ -46,7 +47,10 @@ def samplers(run: "Run") -> dict[str, Sampler]:
     student, teacher = run.nets["student"], run.nets.get("teacher")
     w = run.method.guidance if config.teacher_guidance is None else config.teacher_guidance
     if run.method.times is None:
-        return {"student": validate.ode_sampler(student, run.schedule, grid, w)}
+        if (k := run.method.frames_per_block) is None:
+            return {"student": validate.ode_sampler(student, run.schedule, grid, w)}
+        blocks = frame_blocks(run.world.latent_shape[1], k)
+        return {"student": lambda noise, cond, uncond, rng: ode_blocks(student, noise, grid, blocks, cond)}
     found: dict[str, Sampler] = {
         "student": lambda noise, cond, uncond, rng: run.method.sample(run.nets, noise, cond, uncond, rng)
     }
