@@ -9,19 +9,25 @@ from typing import TYPE_CHECKING, Any, Literal, Union
 from fastdmd import shapes, strict, toml
 from fastdmd.checkpoint import Config as CheckpointConfig
 from fastdmd.data import Config as DataConfig
+from fastdmd.encoded import read_folders
 from fastdmd.log import Config as LogConfig
 from fastdmd.methods import METHODS, Method
+from fastdmd.methods.flow import Flow
+from fastdmd.methods.method import TRAINABLE
 from fastdmd.methods.score_distillation import CriticConfig
-from fastdmd.models import folder
+from fastdmd.models import sdxl_folder
+from fastdmd.models.family import FAMILIES, Family, Options
+from fastdmd.models.lora import LoraConfig
+from fastdmd.models.sdxl import SDXLConfig
 from fastdmd.models.wan import VSAConfig, WanConfig
 from fastdmd.optim import Config as OptimConfig
 from fastdmd.optim import EMAConfig
 from fastdmd.precision import Config as PrecisionConfig
 from fastdmd.precision import present
 from fastdmd.rollout import Config as RolloutConfig
+from fastdmd.schedule import FlowSchedule, Schedule
 from fastdmd.toml import ConfigError
 from fastdmd.validate import Config as ValidationConfig
-from fastdmd_kernels.tiles import Grid
 
 __all__ = ["Config", "ConfigError", "dump", "load"]
 
@@ -31,8 +37,7 @@ if TYPE_CHECKING:
 else:
     # [method] is the table of the method that it names, and [optim.ROLE] that of a role that some method trains
     MethodConfig = Union[tuple(method.Config for method in METHODS.values())]  # noqa: UP007
-    TRAINED = [role for method in METHODS.values() for role, how in method.roles.items() if how == "train"]
-    OptimTables = dict[Literal[tuple(TRAINED)], OptimConfig]
+    OptimTables = dict[Literal[TRAINABLE], OptimConfig]
 
 OPTIONAL_TABLES = {"critic": CriticConfig, "rollout": RolloutConfig}
 Problems = Iterator[tuple[str, str]]  # (key, what is wrong with it and what to do)
@@ -70,18 +75,29 @@ class AttentionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    family: Literal["wan2.1"]
-    path: str | None = None  # a diffusers folder with transformer/
+    family: Literal["wan2.1", "sdxl"]
+    path: str | None = None  # a diffusers folder with transformer/, SDXL's with unet/
     architecture: WanConfig | None = None  # in place of a path: random weights, method flow
+    unet: SDXLConfig | None = None  # the same for SDXL
     attention: AttentionConfig = field(default_factory=AttentionConfig)
 
+    @property
+    def scratch(self) -> tuple[str, Any] | None:
+        """The key and the architecture of random weights, if any."""
+        key = "architecture" if self.family == "wan2.1" else "unet"
+        return None if getattr(self, key) is None else (f"model.{key}", getattr(self, key))
+
     def problems(self) -> Problems:
-        for name, value in vars(self.architecture).items() if self.architecture else ():
-            least = min(value) if isinstance(value, tuple) else value
-            if least <= 0 and value is not False:
-                yield f"architecture.{name}", f"{strict.show(value)} is not positive; use 1 or more"
-            elif name in ("attention_head_dim", "freq_dim") and least % 2:
-                yield f"architecture.{name}", f"{least} is odd; use {least + 1}, as channels turn in pairs"
+        other, meant = ("unet", "architecture") if self.family == "wan2.1" else ("architecture", "unet")
+        if getattr(self, other) is not None:
+            yield other, f"family '{self.family}' does not use it; write model.{meant}, or change the family"
+        if self.path and getattr(self, meant) is not None:
+            yield meant, "model.path has an architecture already; keep one of the two"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    train: Literal["full", "lora"] = "full"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +123,12 @@ class MemoryConfig:
 class Config:
     run: RunConfig
     model: ModelConfig
-    schedule: ScheduleConfig
     method: MethodConfig
     data: DataConfig
+    schedule: ScheduleConfig | None = None  # of flow models; SDXL's noise is in its folder
     optim: OptimTables = field(default_factory=dict)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    lora: LoraConfig | None = None
     teacher: TeacherConfig | None = None
     vsa: VSAConfig | None = None
     critic: CriticConfig | None = None  # here and below: filled in when the method uses it
@@ -124,9 +142,17 @@ class Config:
 
     def make_method(self) -> Method:
         """The objective, with the tables that it uses."""
-        method = METHODS[self.method.name]
-        tables = {table: getattr(self, table) for table in method.uses}
-        return method(self.method, flow_shift=self.schedule.flow_shift, **tables)
+        tables = {table: getattr(self, table) for table in self.method.uses}
+        return METHODS[self.method.name](self.method, self.make_schedule(), **tables)
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model.family]
+
+    def make_schedule(self) -> Schedule:
+        if self.schedule is not None:
+            return FlowSchedule(self.schedule.flow_shift)
+        return sdxl_folder.make_schedule(Path(self.model.path) if self.model.path else None)
 
     def role_source(self, role: str) -> tuple[str, str | None]:
         """The key that a role's weights come from, and the diffusers folder that it names."""
@@ -136,9 +162,21 @@ class Config:
             return "critic.path", self.critic.path
         return "model.path", self.model.path
 
-    def role_tile(self, role: str) -> Grid | None:
-        """The tile of a role's sparse attention; None when it is dense."""
-        return self.vsa.tile if self.vsa and getattr(self.model.attention, role) == "vsa" else None
+    def role_options(self, role: str) -> Options:
+        """What a role's network has beside its weights."""
+        like = "student" if role in ("target", "semantic") else role  # its average, and the student of another run
+        sparse = self.vsa is not None and vars(self.model.attention).get(like) == "vsa"
+        rolls = self.rollout is not None and self.rollout.mode == "causal"
+        rolls = rolls or (isinstance(self.method, Flow.Config) and self.method.frames_per_block is not None)
+        return Options(
+            tile=self.vsa.tile if self.vsa and sparse else None,
+            causal=rolls and like == "student",
+            guidance_embedding=like == "student" and self.method.guidance_embedding,
+        )
+
+    def role_lora(self, role: str) -> LoraConfig | None:
+        """The adapters that a role trains in place of its own weights."""
+        return self.lora if role in ("student", "target") and self.student.train == "lora" else None
 
     def role_path(self, role: str) -> str | None:
         return self.role_source(role)[1]
@@ -149,7 +187,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     source = toml.read(Path(path), overrides)
     tables = strict.convert(Config, source.data, (), source)
     if "method" in tables:
-        used = METHODS[tables["method"].name].uses
+        used = tables["method"].uses
         tables |= {table: OPTIONAL_TABLES[table]() for table in used if tables.get(table, "wrong") is None}
     config = Config(**{f.name: None for f in fields(Config)} | tables)  # type: ignore[arg-type]
     for check, needs in CHECKS.items():
@@ -168,15 +206,17 @@ def dump(config: Config) -> str:
 
 
 def _check_unused(config: Config) -> Problems:
-    method = METHODS[config.method.name]
+    method = config.method
     for table in ("teacher", "critic", "rollout"):
         if getattr(config, table) is not None and table not in (*method.uses, *method.roles):
-            yield table, f"method '{config.method.name}' does not use it; remove the table"
+            yield table, f"method '{method.name}' does not use it; remove the table"
+    if "ema" in method.roles.values() and config.ema is None:
+        yield "ema", f"method '{method.name}' follows the student's average; add the table [ema] with a decay"
 
 
 def _check_optim(config: Config) -> Problems:
     name = config.method.name
-    trained = [role for role, how in METHODS[name].roles.items() if how == "train"]
+    trained = [role for role in TRAINABLE if role in config.method.roles]
     for role in trained:
         if role not in config.optim:
             yield f"optim.{role}", f"method '{name}' trains the {role}; add the table [optim.{role}] with lr"
@@ -186,100 +226,188 @@ def _check_optim(config: Config) -> Problems:
 
 
 def _check_weights(config: Config) -> Problems:
-    roles = METHODS[config.method.name].roles
-    if config.model.architecture:
-        if config.model.path:
-            yield "model.architecture", "model.path has an architecture already; keep one of the two"
-        elif "teacher" in roles:
-            yield "model.architecture", f"method '{config.method.name}' starts from a teacher; give model.path instead"
+    roles, component = config.method.roles, config.family.component
+    if config.model.scratch:
+        if "teacher" in roles:
+            key, _ = config.model.scratch
+            yield key, f"method '{config.method.name}' starts from a teacher; give model.path instead"
         return
-    what = "a diffusers folder (the one above transformer/)"
-    for role in roles:
+    what = f"a diffusers folder (the one above {component}/)"
+    for role, how in roles.items():
         key, path = config.role_source(role)
+        if how == "heads":
+            continue
         if path is None:
             yield key, f"missing; the {role} needs weights: name {what}"
-        elif not (Path(path) / "transformer" / "config.json").is_file():
-            yield key, f"{path!r} has no transformer/config.json; name {what}"
+        elif not (Path(path) / component / "config.json").is_file():
+            yield key, f"{path!r} has no {component}/config.json; name {what}"
         else:
             try:
-                folder.read_config(Path(path))
+                config.family.read_config(Path(path))
             except ValueError as e:
                 yield key, str(e)
 
 
+def _check_family(config: Config) -> Problems:
+    """The tables of one family against the family."""
+    if config.model.family == "wan2.1":
+        if config.schedule is None:
+            yield "schedule", "missing; a flow model needs it: add the table [schedule] with flow_shift, e.g. 5.0"
+        if config.data.frames is None:
+            yield "data.frames", "missing; Wan makes videos: write frames = 81"
+        if config.method.guidance_embedding:
+            yield "method.guidance_embedding", "Wan has no guidance embedding; remove the key"
+        return
+    if config.schedule is not None:
+        yield "schedule", "SDXL's noise is in its folder's scheduler/; remove the table"
+    if config.data.frames is not None:
+        yield "data.frames", "SDXL makes images; remove the key"
+    for role, kind in vars(config.model.attention).items():
+        if kind == "vsa":
+            yield f"model.attention.{role}", "video sparse attention is Wan's; remove the key"
+    if config.method.name == "dcm":
+        yield "method.name", "'dcm' is for flow models such as Wan; use dmd, sid or lcm"
+    elif "heads" in config.method.roles.values():
+        yield "method.gan_weight", "the discriminator judges by Wan's blocks, and SDXL has none; use 0"
+    if isinstance(config.method, Flow.Config) and config.method.frames_per_block is not None:
+        yield "method.frames_per_block", "SDXL makes images, of one frame; remove the key"
+    if config.rollout and config.rollout.mode == "causal":
+        yield "rollout.mode", "'causal' makes videos block by block, and SDXL images; use 'bidirectional'"
+
+
+def _check_lora(config: Config) -> Problems:
+    if config.student.train == "lora" and config.lora is None:
+        yield "lora", "missing; student.train = 'lora' needs it: add the table [lora] with rank, alpha and targets"
+    if config.lora is not None and config.student.train != "lora":
+        yield "lora", "no role uses it; set student.train = 'lora' too, or remove the table"
+
+
 def _check_data(config: Config) -> Problems:
     """What the data gives against what the method and the networks take."""
-    data, path = config.data, config.model.path
-    if data.builtin and path and (Path(path) / "text_encoder").is_dir():
-        yield "data.sources", f"'shapes' has no text for the text_encoder/ of {path!r}; name files with a prompt a line"
+    data, path, builtin = config.data, config.model.path, config.data.kind == "shapes"
+    if builtin and path and (Path(path) / "text_encoder").is_dir():
+        remedy = "name files with a prompt a line, or encoded folders"
+        yield "data.sources", f"'shapes' has no text for the text_encoder/ of {path!r}; {remedy}"
         return
-    if not data.builtin and (config.method.name == "flow" or (config.rollout and config.rollout.mode == "data")):
-        yield "data.sources", "prompt files have no latents; use 'shapes', or dmd with rollout.mode = 'bidirectional'"
+    needs_latents = config.method.needs_latents or (config.rollout and config.rollout.mode == "data")
+    if data.kind == "prompts" and needs_latents and all(Path(source).is_file() for source in data.sources):
+        remedy = "name encoded folders, or use dmd with rollout.mode = 'bidirectional' and gan_weight = 0"
+        yield "data.sources", f"prompt files have no latents; {remedy}"
         return
-    parts = () if data.builtin or not path else ("text_encoder", "tokenizer", "vae")
+    if not builtin and config.model.scratch:
+        key, _ = config.model.scratch
+        yield key, "random weights have no text encoder and VAE, which this data needs; give model.path instead"
+        return
+    parts = () if builtin or not path else config.family.frozen
     if absent := [part for part in parts if not (Path(path or "") / part).is_dir()]:
         yield "model.path", f"{path!r} has no {', '.join(absent)}, which prompts need; name a whole diffusers folder"
-    (C, *latent), what = data.latent_shape(), "'shapes'" if data.builtin else "the VAE"
-    needed = {"in_channels": C, "out_channels": C} | ({"text_dim": shapes.TEXT_DIM} if data.builtin else {})
+    (C, *latent), what = data.latent_shape(), "'shapes'" if builtin else "the VAE"
+    needed = {"in_channels": (C, what), "out_channels": (C, what)}
+    if (widths := _text_widths(config)) and tuple(widths) != config.family.told:
+        has, told = (
+            " and ".join(name.removesuffix("_dim") for name in names) for names in (widths, config.family.told)
+        )
+        yield (
+            "data.sources",
+            f"has {has} of prompts, and {config.model.family} is told {told}; encode it for this model",
+        )
+    else:
+        needed |= {name: (width, what if builtin else "the data") for name, width in widths.items()}
     for key, net in _architectures(config):
-        for name, value in needed.items():
+        for name, (value, what) in needed.items():
             if (given := getattr(net, name)) != value:
-                where = f"{key}.{name}" if key == "model.architecture" else key
+                where = f"{key}.{name}" if config.model.scratch else key
                 yield where, f"{name} is {given}, and {what} needs {value}; use a network with {name} = {value}"
-        for name, n, patch in zip(("frames", "resolution", "resolution"), latent, net.patch_size, strict=True):
-            if patch > 0 and n % patch:
-                yield f"data.{name}", f"{n} latents along one side are no multiple of patch {patch}; use more or fewer"
+        if len(latent) == len(net.grain):  # told by _check_family
+            for name, n, grain in zip(config.family.latent_axes, latent, net.grain, strict=True):
+                if grain > 0 and n % grain:
+                    yield (
+                        f"data.{name}",
+                        f"{n} latents along one side are no multiple of patch {grain}; use more or fewer",
+                    )
 
 
-def _architectures(config: Config) -> Iterator[tuple[str, WanConfig]]:
+def _text_widths(config: Config) -> dict[str, int]:
+    """Of prompts that the data has embedded already, by the keys of a network."""
+    if config.data.kind == "shapes":
+        return dict.fromkeys(config.family.told, shapes.TEXT_DIM)
+    if config.data.kind == "encoded":
+        with contextlib.suppress(ValueError):  # told by [data]
+            folder, *_ = read_folders(config.data.sources, config.data.latent_shape())
+            return {f"{key}_dim": shape[-1] for key, shape in folder.shapes.items() if key != "x0"}
+    return {}
+
+
+def _architectures(config: Config) -> Iterator[tuple[str, Any]]:
     """By the key that each comes from."""
-    if config.model.architecture:
-        yield "model.architecture", config.model.architecture
+    if config.model.scratch:
+        yield config.model.scratch
         return
-    for key, path in dict(map(config.role_source, METHODS[config.method.name].roles)).items():
+    for key, path in dict(map(config.role_source, config.method.roles)).items():
         with contextlib.suppress(ValueError, OSError):  # told by _check_weights
-            yield key, folder.read_config(Path(path or ""))
+            yield key, config.family.read_config(Path(path or ""))
 
 
 def _check_attention(config: Config) -> Problems:
-    roles = METHODS[config.method.name].roles
+    roles = config.method.roles
     sparse = [role for role, kind in vars(config.model.attention).items() if kind == "vsa"]
     for role in sparse:
         if role not in roles:
             yield f"model.attention.{role}", f"method '{config.method.name}' has no {role}; remove the key"
         elif config.vsa is None:
             yield f"model.attention.{role}", "'vsa' needs the table [vsa] with a sparsity, e.g. vsa.sparsity = 0.8"
+        elif config.role_options(role).causal:
+            yield f"model.attention.{role}", "a causal rollout has no sparse attention; set it to 'dense'"
     if config.vsa is not None and not sparse:
         yield "vsa", "no role uses it; set model.attention.student = 'vsa' too, or remove the table"
 
 
 def _check_frames(config: Config) -> Problems:
-    rollout, data, frames = config.rollout or RolloutConfig(), config.data, config.data.latent_frames()
-    block, kept = rollout.frames_per_block, rollout.grad_frames
-    if block and block > 0 and frames % block:
-        near = [data.frames_for(n) for n in (frames // block * block, (frames // block + 1) * block) if n > 0]
-        yield (
-            "data.frames",
-            f"{data.frames} gives {frames} latent frames, not a multiple of rollout.frames_per_block = {block}; "
-            f"nearest: {' or '.join(map(str, near))}",
-        )
-    if kept and frames > 0 and kept > frames:
+    rollout, frames = config.rollout or RolloutConfig(), config.data.latent_frames()
+    first = int(rollout.independent_first_frame)
+    yield from _uneven_blocks(config.data, "rollout.frames_per_block", rollout.frames_per_block, first)
+    if (kept := rollout.grad_frames) and frames > 0 and kept > frames:
         yield "rollout.grad_frames", f"{kept} is over the {frames} latent frames; use at most {frames}"
 
 
+def _check_flow_blocks(config: Config) -> Problems:
+    if not isinstance(config.method, Flow.Config) or config.method.frames_per_block is None:
+        return
+    yield from _uneven_blocks(config.data, "method.frames_per_block", config.method.frames_per_block, 0)
+    if config.validation.teacher_guidance not in (None, 1):
+        yield "validation.teacher_guidance", "a causal flow model is sampled without guidance; remove the key"
+
+
+def _uneven_blocks(data: DataConfig, key: str, block: int | None, first: int) -> Problems:
+    """Latent frames that are not `first` and a multiple of the block."""
+    frames = data.latent_frames()
+    if block and block > 0 and frames > 0 and (frames - first) % block:
+        below = frames - (frames - first) % block
+        near = [data.frames_for(n) for n in (below, below + block) if n > 0]
+        yield (
+            "data.frames",
+            f"{data.frames} gives {frames} latent frames, not {'1 + ' * first}a multiple of {key} = {block}; "
+            f"nearest: {' or '.join(map(str, near))}",
+        )
+
+
 def _check_prompts(config: Config) -> Problems:
-    for prompt in config.validation.prompts if config.data.builtin else ():
-        if prompt not in shapes.CAPTIONS:
-            close = strict.closest(prompt, shapes.CAPTIONS) or shapes.CAPTIONS[0]
+    known = shapes.captions(config.data.latent_frames())
+    for prompt in config.validation.prompts if config.data.kind == "shapes" else ():
+        if prompt not in known:
+            close = strict.closest(prompt, known) or known[0]
             yield "validation.prompts", f"{prompt!r} is not a caption of 'shapes'; e.g. {close!r}"
 
 
 CHECKS: dict[Callable[[Config], Problems], set[str]] = {  # by the tables that each reads
-    _check_unused: {"method", "teacher", "critic", "rollout"},
+    _check_family: {"method", "model", "schedule", "data", "rollout"},
+    _check_lora: {"student", "lora"},
+    _check_unused: {"method", "teacher", "critic", "rollout", "ema"},
     _check_optim: {"method", "optim"},
     _check_weights: {"method", "model", "teacher", "critic"},
     _check_data: {"method", "model", "teacher", "critic", "rollout", "data"},
-    _check_attention: {"method", "model", "vsa"},
+    _check_attention: {"method", "model", "vsa", "rollout"},
     _check_frames: {"data", "rollout"},
+    _check_flow_blocks: {"method", "data", "validation"},
     _check_prompts: {"data", "validation"},
 }

@@ -1,13 +1,13 @@
-"""Where batches come from: the built-in world, or prompt files encoded once at the start.
+"""Where batches come from: the built-in world, prompt files, or folders of encoded latents.
 
 A batch is a function of (seed, step, sample): the position of the sampler is the step, and resuming needs nothing else.
 B batch, C channel, T frames, H W space.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -15,72 +15,66 @@ from torch import Tensor
 from fastdmd import shapes
 from fastdmd.denoiser import Batch, Cond
 from fastdmd.distances import sliced_wasserstein
+from fastdmd.encoded import EncodedWorld, read_folders
+from fastdmd.models.family import Family
+from fastdmd.prompts import PromptWorld, read_prompts
 from fastdmd.rng import Rng
 
 TEMPORAL, SPATIAL, CHANNELS = 4, 8, 16  # the Wan 2.1 VAE: 1 + 4 (T - 1) frames, 8 x 8 pixels, 16 channels
 IMAGE_CHANNELS = 4  # the SDXL VAE, 8 x 8 pixels too
+Kind = Literal["shapes", "prompts", "encoded"]
+KINDS: Mapping[Kind, str] = {"shapes": "'shapes'", "prompts": "prompt files", "encoded": "encoded folders"}
+
+
+def kind_of(source: str) -> Kind:
+    if source == "shapes":
+        return "shapes"
+    return "encoded" if Path(source).is_dir() else "prompts"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    sources: tuple[str, ...]  # "shapes", or text files with a prompt a line
+    sources: tuple[str, ...]  # "shapes"; or text files with a prompt a line; or folders of encoded latents
     frames: int | None = None  # of a video; absent: images
     resolution: tuple[int, int]  # height, width in pixels
     caption_dropout: float = 0.0
     negative_prompt: str = ""  # the other side of guidance
 
     @property
-    def builtin(self) -> bool:
-        return self.sources == ("shapes",)
+    def kind(self) -> Kind:
+        """Of all sources; `problems` has those that mix kinds."""
+        kinds: set[Kind] = {kind_of(source) for source in self.sources}
+        return kinds.pop() if len(kinds) == 1 else "prompts"
 
     def latent_frames(self) -> int:
         """Of an image 1."""
         if self.frames is None:
             return 1
-        return self.frames if self.builtin else (self.frames - 1) // TEMPORAL + 1
+        return self.frames if self.kind == "shapes" else (self.frames - 1) // TEMPORAL + 1
 
     def frames_for(self, latent_frames: int) -> int:
         """The pixel frames that give a number of latent frames."""
-        return latent_frames if self.builtin else max(1, (latent_frames - 1) * TEMPORAL + 1)
+        return latent_frames if self.kind == "shapes" else max(1, (latent_frames - 1) * TEMPORAL + 1)
 
     def latent_shape(self) -> tuple[int, ...]:
         """(C, T, H, W), of images (C, H, W)."""
         time = () if self.frames is None else (self.latent_frames(),)
         H, W = self.resolution
-        if self.builtin:
+        if self.kind == "shapes":
             return (3, *time, H, W)
         return (CHANNELS if time else IMAGE_CHANNELS, *time, H // SPATIAL, W // SPATIAL)
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        if not self.sources:
-            yield "sources", "is empty; use ['shapes'] or prompt files"
-        if "shapes" in self.sources and not self.builtin:
-            yield "sources", "'shapes' does not mix with files; use one or the other"
-        if absent := [source for source in self.sources if source != "shapes" and not Path(source).is_file()]:
-            yield "sources", f"no file {', '.join(map(repr, absent))}; use 'shapes', or files with a prompt a line"
-        elif "shapes" not in self.sources:
-            try:
-                read_prompts(self.sources)
-            except ValueError as e:
-                yield "sources", str(e)
-        if self.builtin and len(self.negative_prompt.split()) > shapes.TEXT_TOKENS:
+        yield from self._source_problems()
+        builtin = self.kind == "shapes"
+        if builtin and len(self.negative_prompt.split()) > shapes.TEXT_TOKENS:
             yield "negative_prompt", f"{self.negative_prompt!r} is over {shapes.TEXT_TOKENS} words; the usual one is ''"
-        if self.frames is None:
-            if not self.builtin:
-                yield "frames", "absent is images, and prompt files make videos only; write frames = 81"
-        elif self.frames < 1:
-            yield "frames", f"{self.frames} is not positive; Wan 2.1 uses 81"
-        elif self.frames_for(self.latent_frames()) != self.frames:
-            low = self.frames_for(self.latent_frames())
-            yield (
-                "frames",
-                f"{self.frames} is not 1 + {TEMPORAL} n, as the VAE packs frames; nearest: {low} or {low + TEMPORAL}",
-            )
-        elif self.builtin and self.frames == 1:
-            yield "frames", "1 is a picture, and a video moves; use 2 or more, or remove the key for images"
-        grain, least, usual = (
-            (shapes.BLOCK, 4 * shapes.BLOCK, "[12, 12]") if self.builtin else (2 * SPATIAL, 2 * SPATIAL, "[480, 832]")
-        )
+        if self.kind == "encoded" and self.negative_prompt:
+            yield "negative_prompt", "encoded folders have the empty prompt as guidance's other side; remove the key"
+        if self.frames is not None:
+            yield from self._frame_problems(self.frames)
+        grain, least = (shapes.BLOCK, 4 * shapes.BLOCK) if builtin else (2 * SPATIAL, 2 * SPATIAL)
+        usual = "[12, 12]" if builtin else "[1024, 1024]" if self.frames is None else "[480, 832]"
         if any(n < least or n % grain for n in self.resolution):
             yield (
                 "resolution",
@@ -89,19 +83,43 @@ class Config:
         if not 0 <= self.caption_dropout < 1:
             yield "caption_dropout", f"{self.caption_dropout} leaves [0, 1); 0 is off"
 
+    def _source_problems(self) -> Iterator[tuple[str, str]]:
+        kinds = sorted({KINDS[kind_of(source)] for source in self.sources})
+        absent = [source for source in self.sources if source != "shapes" and not Path(source).exists()]
+        if not self.sources:
+            yield "sources", "is empty; use ['shapes'], prompt files or encoded folders"
+        elif absent:
+            names = ", ".join(map(repr, absent))
+            yield "sources", f"no file {names}; use 'shapes', files with a prompt a line, or encoded folders"
+        elif len(kinds) > 1:
+            yield "sources", f"mixes {' and '.join(kinds)}; use one of them"
+        else:
+            try:
+                if self.kind == "prompts":
+                    read_prompts(self.sources)
+                elif self.kind == "encoded":
+                    read_folders(self.sources, self.latent_shape())
+            except ValueError as e:
+                yield "sources", str(e)
 
-def read_prompts(sources: Sequence[str]) -> list[str]:
-    """The prompts of text files; ValueError without any."""
-    prompts: list[str] = []
-    for source in sources:
-        try:
-            lines = Path(source).read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as e:
-            raise ValueError(f"{source!r} is not UTF-8 at byte {e.start}; save the file as UTF-8") from None
-        prompts += [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"{list(sources)} hold no prompt; write a prompt a line")
-    return prompts
+    def _frame_problems(self, frames: int) -> Iterator[tuple[str, str]]:
+        if frames < 1:
+            yield "frames", f"{frames} is not positive; Wan 2.1 uses 81"
+        elif (low := self.frames_for(self.latent_frames())) != frames:
+            yield (
+                "frames",
+                f"{frames} is not 1 + {TEMPORAL} n, as the VAE packs frames; nearest: {low} or {low + TEMPORAL}",
+            )
+        elif self.kind == "shapes" and frames == 1:
+            yield "frames", "1 is a picture, and a video moves; use 2 or more, or remove the key for images"
+
+    def with_size(self, cond: Cond) -> Cond:
+        """Of images, with what SDXL is told of size and crop: time_ids float32 [n, 6] in pixels."""
+        if self.frames is not None:
+            return cond
+        H, W = self.resolution
+        size = torch.tensor([H, W, 0, 0, H, W], dtype=torch.float32, device=cond.text.device)
+        return replace(cond, time_ids=size.expand(len(cond.text), -1))
 
 
 class World(Protocol):
@@ -176,46 +194,12 @@ class ImageShapesWorld(ShapesWorld):
     """
 
     def _tell(self, text: Tensor) -> Cond:
-        H, W = self.config.resolution
-        size = torch.tensor([H, W, 0, 0, H, W], dtype=torch.float32, device=self.device)
-        return Cond(text, text.sum(1), size.expand(len(text), -1))
+        return self.config.with_size(Cond(text, text.sum(1)))
 
 
-class PromptWorld:
-    """Prompts from files, encoded once with the model's own text encoder; data-free, decoded with its VAE."""
-
-    def __init__(self, config: Config, path: str, device: torch.device, dtype: torch.dtype) -> None:
-        from fastdmd.models.frozen import TextEncoder  # diffusers and transformers take seconds to import
-
-        self.prompts: Sequence[str] = read_prompts(config.sources)
-        self.config, self.path, self.device, self.dtype = config, path, device, dtype
-        self.latent_shape = config.latent_shape()
-        self.negative_prompt = config.negative_prompt
-        self.encoder = TextEncoder(path, device, dtype)
-        self.text = self.encoder([*self.prompts, config.negative_prompt])  # [n + 1, S, D] on the host
-
-    def cond(self, prompts: Sequence[str]) -> Cond:
-        return Cond(self.encoder(list(prompts)).to(self.device))
-
-    def batch(self, rng: Rng) -> Batch:
-        index = rng.integers(len(self.prompts))
-        dropped = rng.uniform() < self.config.caption_dropout
-        uncond = torch.full_like(index, len(self.prompts))
-        rows = torch.where(dropped, uncond, index), uncond
-        cond, other = (Cond(self.text[row].to(self.device, non_blocking=True)) for row in rows)
-        return Batch(cond, other, self.latent_shape)
-
-    def pixels(self, x0: Tensor) -> Tensor:
-        from fastdmd.models.frozen import decode
-
-        return decode(self.path, x0, self.device, self.dtype)
-
-    def scores(self, x0: Tensor, prompts: Sequence[str], seed: int) -> dict[str, float | None]:
-        return {"oracle": None, "swd": None}
-
-
-def make_world(config: Config, path: str | None, device: torch.device, dtype: torch.dtype) -> World:
-    if config.builtin:
+def make_world(config: Config, family: Family, path: str | None, device: torch.device, dtype: torch.dtype) -> World:
+    """`path`: the diffusers folder with text encoder and VAE; the built-in world needs none."""
+    if config.kind == "shapes":
         return ImageShapesWorld(config, device) if config.frames is None else ShapesWorld(config, device)
     assert path is not None  # the configuration was checked
-    return PromptWorld(config, path, device, dtype)
+    return (EncodedWorld if config.kind == "encoded" else PromptWorld)(config, family, path, device, dtype)

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastdmd import validate
+from fastdmd.causal import frame_blocks, ode_blocks
 from fastdmd.checkpoint import write_atomic
 from fastdmd.hardware import peak_memory_gb
 from fastdmd.log import RunLog
@@ -29,11 +30,11 @@ def validation_weights(run: "Run") -> Iterator[None]:
     if run.ema is None or run.config.validation.weights == "student":
         yield
         return
-    parameters = dict(run.nets["student"].net.named_parameters())
+    net = run.nets["student"].net
+    parameters = dict(net.named_parameters())
     kept = {name: p.detach().clone() for name, p in parameters.items()}
     try:
-        for name, p in parameters.items():
-            p.data.copy_(run.ema.shadow[name])
+        run.ema.copy_to(net)
         yield
     finally:
         for name, p in parameters.items():
@@ -42,16 +43,29 @@ def validation_weights(run: "Run") -> Iterator[None]:
 
 def samplers(run: "Run") -> dict[str, Sampler]:
     """By the names of summary.json: the student's sampler, and the teacher's with many steps and with the student's."""
-    config, times = run.config.validation, run.method.times
+    config, grid = run.config.validation, run.schedule.solver_grid(run.config.validation.teacher_steps)
     student, teacher = run.nets["student"], run.nets.get("teacher")
     w = run.method.guidance if config.teacher_guidance is None else config.teacher_guidance
-    if times is None:
-        return {"student": validate.ode_sampler(student, run.schedule, config.teacher_steps, w)}
-    found = {"student": validate.student_sampler(student, times)}
+    if run.method.times is None:
+        if (k := run.method.frames_per_block) is None:
+            return {"student": validate.ode_sampler(student, run.schedule, grid, w)}
+        blocks = frame_blocks(run.world.latent_shape[1], k)
+        return {"student": lambda noise, cond, uncond, rng: ode_blocks(student, noise, grid, blocks, cond)}
+    found: dict[str, Sampler] = {
+        "student": lambda noise, cond, uncond, rng: run.method.sample(run.nets, noise, cond, uncond, rng)
+    }
     if teacher is not None:
-        found["teacher_50"] = validate.ode_sampler(teacher, run.schedule, config.teacher_steps, w)
-        found["teacher_few"] = validate.ode_sampler(teacher, run.schedule, len(times), w)
+        found["teacher_50"] = validate.ode_sampler(teacher, run.schedule, grid, w)
+        found["teacher_few"] = validate.ode_sampler(teacher, run.schedule, few_grid(run), w)
     return found
+
+
+def few_grid(run: "Run") -> Tensor:
+    """The Euler steps of a teacher with the student's budget, float64 [steps + 1]."""
+    method, schedule = run.method, run.schedule
+    if method.few_grid is not None:
+        return method.few_grid
+    return schedule.solver_grid(run.config.validation.teacher_steps if method.times is None else len(method.times))
 
 
 def sample(run: "Run", who: str, prompts: Sequence[str], seed: int) -> Tensor:
@@ -101,6 +115,7 @@ def finish(run: "Run") -> None:
         keep_pictures(run, who, x0)
     summary = {
         "scores": scores,
+        "student_steps": len(few_grid(run)) - 1,  # of its sampler; of teacher_few's too
         "steps": run.step,
         "seconds": round(run.seconds, 1),
         "peak_mem_gb": round(peak_memory_gb(run.device), 3),

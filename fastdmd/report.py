@@ -96,7 +96,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[Model]]:
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     config = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
     many = config["validation"]["teacher_steps"]
-    few = len(config["method"].get("denoising_timesteps", ())) or many
+    few = summary["student_steps"]
     models = []
     for who, style, steps in (("teacher_50", "many", many), ("teacher_few", "few", few), ("student", "student", few)):
         videos = sorted((folder / "samples" / who).glob("*.webp"), key=lambda path: int(path.stem))

@@ -22,8 +22,7 @@ def guided(denoiser: Denoiser, uncond: Cond, w: float) -> Denoise:
 
     def denoise(x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         F_c, F_u = denoiser.raw_pair(x_t, t, cond, uncond)
-        c = coeffs(denoiser.schedule, t, x_t.device)
-        return per_sample(c.a, x_t) * x_t + per_sample(c.b, x_t) * guide(F_u, F_c, w)
+        return denoiser.x0(x_t, t, guide(F_u, F_c, w))
 
     return denoise
 
@@ -44,11 +43,16 @@ def renoise(denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, cond
     return denoise(x, times[-1].expand(len(x)), cond)
 
 
+def ode_step(schedule: Schedule, x: Tensor, x0: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+    """x' = alpha' x0 + sigma' (x - alpha x0) / sigma, from times t to t_next [B]: Euler for flow, DDIM for VP."""
+    now, then = coeffs(schedule, t, x), coeffs(schedule, t_next, x)
+    ratio = then.sigma / now.sigma
+    return torch.addcmul(per_sample(then.alpha - ratio * now.alpha, x) * x0, per_sample(ratio, x), x)
+
+
 def ode(denoise: Denoise, schedule: Schedule, x: Tensor, grid: Tensor, cond: Cond) -> Tensor:
-    """Steps x' = alpha' x0 + sigma' (x - alpha x0) / sigma along grid [steps + 1]: Euler for flow, DDIM for VP."""
+    """x at the end of grid [steps + 1], by one `ode_step` between neighbours."""
     for t, t_next in pairwise(grid):
-        x0 = denoise(x, t.expand(len(x)), cond)
-        now, then = coeffs(schedule, t[None], x.device), coeffs(schedule, t_next[None], x.device)
-        ratio = then.sigma / now.sigma
-        x = torch.addcmul((then.alpha - ratio * now.alpha) * x0, ratio, x)
+        t, t_next = t.expand(len(x)), t_next.expand(len(x))
+        x = ode_step(schedule, x, denoise(x, t, cond), t, t_next)
     return x

@@ -4,7 +4,7 @@ Times are float64 [B] on the host and so is all arithmetic on them. A network an
 `Coeffs`: one small float32 tensor that is sent to the device once per call, exact, without a synchronisation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Coeffs(NamedTuple):
-    """What one network call needs of its times, float32 [B] each on the device."""
+    """What one network call needs of its times, [B] each on the device."""
 
     alpha: Tensor
     sigma: Tensor
@@ -22,6 +22,15 @@ class Coeffs(NamedTuple):
 
 
 class Schedule(Protocol):
+    @property
+    def flow_shift(self) -> float:
+        """What the times of training and sampling are shifted by; 1 is off."""
+        ...
+
+    def solver_grid(self, steps: int) -> Tensor:
+        """The times of an ODE solver, float64 [steps + 1] from 1 down to the clean end."""
+        ...
+
     def alpha(self, t: Tensor) -> Tensor: ...
 
     def sigma(self, t: Tensor) -> Tensor: ...
@@ -39,9 +48,17 @@ class Schedule(Protocol):
         ...
 
 
-def coeffs(schedule: Schedule, t: Tensor, device: torch.device) -> Coeffs:
+def wide(x: Tensor) -> Tensor:
+    """What arithmetic around a network is done in: float32, or float64 if x is that already."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def coeffs(schedule: Schedule, t: Tensor, like: Tensor) -> Coeffs:
+    """Those of times float64 [B] on the host, where `like` is and as `wide` as it."""
     rows = (schedule.alpha(t), schedule.sigma(t), *schedule.x0_coeffs(t), schedule.model_t(t))
-    return Coeffs(*torch.stack([row.expand(t.shape) for row in rows]).float().to(device, non_blocking=True))
+    return Coeffs(
+        *torch.stack([row.expand(t.shape) for row in rows]).to(wide(like).dtype).to(like.device, non_blocking=True)
+    )
 
 
 def per_sample(c: Tensor, x: Tensor) -> Tensor:
@@ -51,7 +68,7 @@ def per_sample(c: Tensor, x: Tensor) -> Tensor:
 
 def add_noise(schedule: Schedule, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """x_t = alpha x0 + sigma eps, float32 [B, ..]; t float64 [B] on the host."""
-    c = coeffs(schedule, t, x0.device)
+    c = coeffs(schedule, t, x0)
     return per_sample(c.alpha, x0) * x0 + per_sample(c.sigma, x0) * eps
 
 
@@ -82,10 +99,14 @@ class FlowSchedule:
 
 
 class VPSchedule:
-    """Variance preserving, from a table of `alphas_cumprod` (index n is time (n + 1) / 1000 for 1,000 entries).
+    """Variance preserving, from a table of `alphas_cumprod`; its times are never shifted.
 
-    prediction "eps": F = eps, x0 = (x_t - sigma F) / alpha. "v": F = alpha eps - sigma x0, x0 = alpha x_t - sigma F.
+    Index n of 1,000 is time (n + 1) / 1000, and time 0 is index 0 too: the clean end, as diffusers' DDIM without
+    `set_alpha_to_one`. prediction "eps": F = eps, x0 = (x_t - sigma F) / alpha. "v": F = alpha eps - sigma x0,
+    x0 = alpha x_t - sigma F.
     """
+
+    flow_shift = 1.0
 
     def __init__(self, alphas_cumprod: Sequence[float] | Tensor, prediction: str) -> None:
         if prediction not in ("eps", "v"):
@@ -111,7 +132,7 @@ class VPSchedule:
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         if self.prediction == "eps":
             return eps
-        c = coeffs(self, t, x0.device)
+        c = coeffs(self, t, x0)
         return per_sample(c.alpha, x0) * eps - per_sample(c.sigma, x0) * x0
 
     def solver_grid(self, steps: int) -> Tensor:
@@ -142,3 +163,19 @@ def student_times(timesteps: Sequence[float], warp: bool, flow_shift: float) -> 
     """
     t = torch.tensor(timesteps, dtype=torch.float64) / 1000
     return shift(t, flow_shift) if warp else t
+
+
+def timestep_problems(timesteps: Sequence[float]) -> Iterator[tuple[str, str]]:
+    """What is wrong with a student's `denoising_timesteps`: (key, message)."""
+    steps = [int(t) if float(t).is_integer() else t for t in timesteps]
+    if not steps:
+        yield "denoising_timesteps", "is empty; e.g. [1000, 757, 522]"
+    elif not all(0 < t <= 1000 for t in steps):
+        yield (
+            "denoising_timesteps",
+            f"{steps} leaves (0, 1000]; give 1000 times the noise levels, e.g. [1000, 757, 522]",
+        )
+    elif sorted(set(steps), reverse=True) != steps:
+        yield "denoising_timesteps", f"{steps} does not descend; use {sorted(set(steps), reverse=True)}"
+    elif steps[0] != 1000:
+        yield "denoising_timesteps", f"{steps} starts at {steps[0]}; start at 1000, from pure noise"

@@ -188,7 +188,7 @@ class AnalyticDenoiser:
         return self._of_videos(as_video(x_t), t, cond).view_as(x_t)
 
     def _of_videos(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        c = coeffs(self.schedule, t, x_t.device)
+        c = coeffs(self.schedule, t, x_t)
         alpha, var = per_sample(c.alpha, x_t), per_sample(c.sigma, x_t).square()
         which = caption_index(cond.text, x_t.shape[2])
         mask = templates(*x_t.shape[2:])[which].to(x_t)  # [B, T, H, W]

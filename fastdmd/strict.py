@@ -99,7 +99,7 @@ def _convert(hint: Any, value: Any, key: Key, source: Source, default: Any) -> A
         if matched:
             return converted
     source.error(key, _mismatch(alternatives, value, key[-1], default))
-    return default
+    return MISSING if default is None else default  # an absent value means something else
 
 
 def _tables(hint: Any, value: Any, key: Key, source: Source) -> Any:

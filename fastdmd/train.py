@@ -19,17 +19,16 @@ from fastdmd import config as configs
 from fastdmd.config import Config
 from fastdmd.data import World, make_world
 from fastdmd.denoiser import Batch, Denoiser
-from fastdmd.evaluate import finish, validate_step
+from fastdmd.evaluate import finish, validate_step, validation_weights
 from fastdmd.hardware import peak_flops, peak_memory_gb
 from fastdmd.log import Progress, RunLog
 from fastdmd.methods import Method
-from fastdmd.models import folder
-from fastdmd.models.wan import Wan
+from fastdmd.methods.method import TRAINABLE
+from fastdmd.models.lora import add_lora, export_lora, lora_parameters, merged
 from fastdmd.optim import EMA, Optimizer
 from fastdmd.precision import pick_device
 from fastdmd.rng import Rng
-from fastdmd.schedule import FlowSchedule
-from fastdmd_kernels.attention import prepare
+from fastdmd.schedule import Schedule
 
 
 class Diverged(RuntimeError):
@@ -48,7 +47,7 @@ class Run:
     device: torch.device
     world: World
     method: Method
-    schedule: FlowSchedule
+    schedule: Schedule
     nets: dict[str, Denoiser]
     optimizers: dict[str, Optimizer]
     ema: EMA | None
@@ -65,38 +64,57 @@ class Run:
 def build(config: Config) -> Run:
     """Networks, data and optimizers of a run, at step 0."""
     device, dtype = pick_device(config.run.device), config.precision.dtype
-    schedule = FlowSchedule(config.schedule.flow_shift)
-    method, nets, optimizers = config.make_method(), {}, {}
-    for role, how in method.roles.items():
-        net = make_net(config, role, device)
-        masters = net.cast(dtype)
-        if how == "train":
-            net.checkpointing = config.memory.checkpointing == "full"
-            optimizers[role] = Optimizer(net, config.optim[role], config.run.max_steps, masters)
-        prepare(device, dtype, net.config.attention_head_dim)
-        nets[role] = Denoiser(net.requires_grad_(False), schedule)
+    schedule, method = config.make_schedule(), config.make_method()
+    nets, optimizers = {}, {}
+    for role, how in config.method.roles.items():
+        if how == "heads":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.run.seed)
+                net, masters = method.make_heads(nets).to(device), {}
+        else:
+            net = make_net(config, role, device)
+            net.checkpointing = config.memory.checkpointing == "full"  # of frozen ones too: SiD's pass gradient on
+            net.prepare(device, dtype)
+            masters = net.cast(dtype)
+        lora = config.role_lora(role)
+        nets[role] = Denoiser(net, schedule, lora_parameters(net, lora.modules) if lora else None)
+        nets[role].learn(False)
+        if role in TRAINABLE:
+            optimizers[role] = Optimizer(nets[role].trainable, config.optim[role], config.run.max_steps, masters)
     ema = EMA(optimizers["student"].masters, config.ema) if config.ema else None
-    world = make_world(config.data, config.model.path, device, dtype)
+    world = make_world(config.data, config.family, config.model.path, device, dtype)
     run = Run(config, device, world, method, schedule, nets, optimizers, ema)
     set_sparsity(run)
     return run
 
 
-def make_net(config: Config, role: str, device: torch.device) -> Wan:
+def make_net(config: Config, role: str, device: torch.device) -> Any:
     """A role's network in float32: the weights of its folder, or random ones drawn from the run's seed."""
-    path, tile = config.role_path(role), config.role_tile(role)
+    path, options = config.role_path(role), config.role_options(role)
     if path is not None:
-        return folder.load(path, device, tile)
-    assert config.model.architecture is not None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.run.seed)
-        return Wan(config.model.architecture, tile).start_from_scratch().to(device)
+        net = config.family.load(Path(path), device, options)
+    else:
+        assert config.model.scratch is not None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.run.seed)
+            net = config.family.make(config.model.scratch[1], options).start_from_scratch().to(device)
+    if lora := config.role_lora(role):
+        add_lora(net, lora.rank, lora.alpha, lora.targets, config.run.seed)
+    return net
+
+
+def follow_average(run: Run) -> None:
+    """Bring the networks that are the student's average up to it."""
+    for role, how in run.config.method.roles.items():
+        if how == "ema":
+            assert run.ema
+            run.ema.copy_to(run.nets[role].net)
 
 
 def set_sparsity(run: Run) -> None:
     """Sparse attention at the sparsity of the step to come."""
     for role, denoiser in run.nets.items():
-        if run.config.vsa and run.config.role_tile(role):
+        if run.config.vsa and run.config.role_options(role).tile:
             denoiser.net.sparsity = run.config.vsa.sparsity_at(run.step)
 
 
@@ -146,35 +164,38 @@ def take_step(run: Run) -> dict[str, float]:
     carries: list[dict[str, Any]] = [{} for _ in batches]
     phases = run.method.phases(run.step)
     for index, phase in enumerate(phases):
+        trained = run.method.trains(phase)
         for role, denoiser in run.nets.items():
-            denoiser.requires_grad_(role == phase)
+            denoiser.learn(role in trained)
         losses = []
         for micro, batch, carry in zip(samples, batches, carries, strict=True):
             rng = Rng(config.seed, run.step, f"{phase}{index}", micro, run.device)
             loss, metrics = run.method.loss(phase, run.nets, batch, rng, carry)
             (loss / config.grad_accum).backward()
             losses.append({f"loss_{phase}": loss.detach(), **metrics})
-        norm = run.optimizers[phase].clip()
-        means = {name: torch.stack([each[name] for each in losses]).mean() for name in losses[0]}
+        found = {name: torch.stack([each[name] for each in losses]).mean() for name in losses[0]}
+        found |= {f"grad_norm_{role}": run.optimizers[role].clip() for role in trained}
         # the one read of the device in a phase: nothing that is not finite may reach the weights
-        read = dict(zip([*means, f"grad_norm_{phase}"], torch.stack([*means.values(), norm]).tolist(), strict=True))
+        read = dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
         if not all(map(math.isfinite, read.values())):
             raise Diverged(dump_nonfinite(run, phase, index, read, batches))
-        run.optimizers[phase].step(run.step)
+        for role in trained:
+            run.optimizers[role].step(run.step)
         values |= {f"train/{name}": value for name, value in read.items()}
     run.step += 1
     set_sparsity(run)
     if run.ema and "student" in phases:
         run.ema.update(run.step)
+        follow_average(run)
     return values
 
 
 def dump_nonfinite(run: Run, phase: str, index: int, read: Mapping[str, float], batches: list[Batch]) -> str:
     """Save what reproduces a step that was not finite, and say which tensor it was."""
-    grads = run.optimizers[phase].params
-    bad = [
-        f"gradient of {phase}.{name}" for name, p in grads.items() if p.grad is not None and not p.grad.isfinite().all()
-    ]
+    grads = {
+        f"{role}.{name}": p.grad for role in run.method.trains(phase) for name, p in run.optimizers[role].params.items()
+    }
+    bad = [f"gradient of {name}" for name, grad in grads.items() if grad is not None and not grad.isfinite().all()]
     bad = [name for name, value in read.items() if not math.isfinite(value)] + bad
     path = run.folder / f"nonfinite_{run.step + 1:08d}"
     path.mkdir(parents=True, exist_ok=True)
@@ -227,6 +248,7 @@ def restore(run: Run) -> None:
     if run.ema:
         run.ema.load(tensors["ema"], manifest["ema_updates"])
     run.step, run.seconds, run.recent = manifest["step"], manifest["seconds"], manifest["recent"]
+    follow_average(run)
     set_sparsity(run)
 
 
@@ -248,16 +270,25 @@ def reopen(path: Path) -> Run:
 
 
 def export_student(path: Path, out: Path) -> None:
-    """The student of a run's newest checkpoint, under its validation weights, as a diffusers pipeline folder."""
+    """The student of a run's newest checkpoint, under its validation weights, as a diffusers pipeline folder.
+
+    Adapters are merged into it, and stand beside it as pytorch_lora_weights.safetensors where they are all there is.
+    """
     run = reopen(path)
-    config, times = run.config, run.method.times
-    ema = run.ema if config.validation.weights == "ema" else None
-    weights = ema.shadow if ema else run.optimizers["student"].masters
-    net = run.nets["student"].net
-    assert isinstance(net, Wan)
+    config, times, net = run.config, run.method.times if run.method.renoises else None, run.nets["student"].net
+    with validation_weights(run):
+        weights = merged(net) if config.lora else {name: p.detach().clone() for name, p in net.named_parameters()}
+        adapters = {name: p.detach().clone() for name, p in lora_parameters(net).items()}
+    if config.lora is None:
+        weights |= (
+            run.ema.shadow if run.ema and config.validation.weights == "ema" else run.optimizers["student"].masters
+        )
     source = Path(config.model.path) if config.model.path else None
     steps = None if times is None else times.tolist()
-    folder.export(out, net.config, weights, steps, config.schedule.flow_shift, source)
+    config.family.export(out, net.config, weights, steps, run.schedule, source)
+    if config.lora and not config.lora.modules:
+        file = out / "pytorch_lora_weights.safetensors"
+        export_lora(file, adapters, config.lora.rank, config.lora.alpha, config.family.lora_prefix)
 
 
 @contextmanager

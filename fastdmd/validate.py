@@ -15,7 +15,7 @@ from fastdmd.data import World
 from fastdmd.denoiser import Cond, Denoiser
 from fastdmd.log import Progress
 from fastdmd.rng import Rng
-from fastdmd.schedule import FlowSchedule
+from fastdmd.schedule import Schedule
 
 Sampler = Callable[[Tensor, Cond, Cond, Rng], Tensor]  # (noise, cond, uncond, rng) -> x0
 
@@ -41,14 +41,8 @@ class Config:
             yield "every", f"{self.every} is negative; 0 validates only at the end"
 
 
-def student_sampler(denoiser: Denoiser, times: Tensor) -> Sampler:
-    """The student's own few re-noising steps, without guidance."""
-    return lambda noise, cond, uncond, rng: sampler.renoise(denoiser, denoiser.schedule, noise, times, cond, rng)
-
-
-def ode_sampler(denoiser: Denoiser, schedule: FlowSchedule, steps: int, guidance: float) -> Sampler:
-    """A many-step model: Euler on the shifted grid under guidance."""
-    grid = schedule.solver_grid(steps)
+def ode_sampler(denoiser: Denoiser, schedule: Schedule, grid: Tensor, guidance: float) -> Sampler:
+    """A model by Euler steps along a grid, under guidance."""
     return lambda noise, cond, uncond, rng: sampler.ode(
         sampler.guided(denoiser, uncond, guidance), schedule, noise, grid, cond
     )

@@ -6,16 +6,20 @@ Nothing is loaded but the shapes, so it takes no GPU and no weights: a job that 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdmd.config import Config
 from fastdmd.denoiser import Batch, Cond, Denoiser
-from fastdmd.models import folder
-from fastdmd.models.wan import Wan
+from fastdmd.methods import Method
+from fastdmd.models.lora import add_lora, lora_parameters
+from fastdmd.models.sdxl import SDXLConfig
+from fastdmd.models.wan import WanConfig
 from fastdmd.rng import Rng
-from fastdmd.schedule import FlowSchedule
+
+TEXT_TOKENS = 8  # of a prompt; no kernel depends on it
 
 
 class MetaRng(Rng):
@@ -25,27 +29,62 @@ class MetaRng(Rng):
         return torch.empty(len(self._host), *shape, device="meta")
 
 
-def step_on_meta(config: Config, sparsity: float) -> None:
-    """Every phase of a step, forward and backward, with one of the networks' equal blocks."""
-    method, nets = config.make_method(), {}
-    for role in method.roles:
-        path, tile = config.role_path(role), config.role_tile(role)
-        architecture = folder.read_config(Path(path)) if path else config.model.architecture
-        assert architecture  # the configuration was checked
+def nets_on_meta(config: Config, method: Method, depth: int | None = None) -> dict[str, Denoiser]:
+    """Every role's network as a run makes it, without values; of Wan's equal blocks the first `depth`, absent: all."""
+    schedule, nets = config.make_schedule(), {}
+    for role, how in config.method.roles.items():
+        lora = config.role_lora(role)
         with torch.device("meta"):
-            net = Wan(replace(architecture, num_layers=1), tile)
-        net.cast(config.precision.dtype)
-        net.sparsity = sparsity if tile else 0.0
-        nets[role] = Denoiser(net, FlowSchedule(config.schedule.flow_shift))
-    B, shape = config.run.batch_size, config.data.latent_shape()
-    text = Cond(torch.empty(B, 8, nets["student"].net.config.text_dim, device="meta"))
-    batch, carry = Batch(text, text, shape, torch.empty(B, *shape, device="meta")), {}
+            if how == "heads":
+                net = method.make_heads(nets)
+            else:
+                architecture = read_architecture(config, role)
+                if depth is not None and isinstance(architecture, WanConfig):
+                    architecture = replace(architecture, num_layers=depth)
+                net = config.family.make(architecture, config.role_options(role))
+                if lora:
+                    add_lora(net, lora.rank, lora.alpha, lora.targets, config.run.seed)
+                net.checkpointing = config.memory.checkpointing == "full"
+                net.cast(config.precision.dtype)
+        nets[role] = Denoiser(net, schedule, lora_parameters(net, lora.modules) if lora else None)
+    return nets
+
+
+def read_architecture(config: Config, role: str) -> Any:
+    if config.model.scratch:
+        return config.model.scratch[1]
+    path = config.role_path(role)
+    assert path  # the configuration was checked
+    return config.family.read_config(Path(path))
+
+
+def step_on_meta(config: Config, sparsity: float, depth: int | None = 1) -> dict[str, Denoiser]:
+    """Every phase of a step, forward and backward, with `depth` of Wan's equal blocks; with all for heads.
+
+    -> the networks, with gradients.
+    """
+    method = config.make_method()
+    nets = nets_on_meta(config, method, None if "heads" in config.method.roles.values() else depth)
+    for role, denoiser in nets.items():
+        if config.role_options(role).tile:
+            denoiser.net.sparsity = sparsity
+    B, shape, net = config.run.batch_size, config.data.latent_shape(), nets["student"].net
+    with torch.device("meta"):
+        cond, x0 = config.data.with_size(empty_cond(B, net.config)), torch.empty(B, *shape)
+    batch, carry = Batch(cond, cond, shape, x0), {}
     for index, phase in enumerate(dict.fromkeys(method.phases(0))):
         for role, denoiser in nets.items():
-            denoiser.requires_grad_(role == phase)
+            denoiser.learn(role in method.trains(phase))
         rng = MetaRng(config.run.seed, 0, f"{phase}{index}", range(B), "cpu")
         loss, _ = method.loss(phase, nets, batch, rng, carry)
         loss.backward()
+    return nets
+
+
+def empty_cond(B: int, architecture: Any) -> Cond:
+    """Embeddings of B prompts for a network of that architecture, on torch's current device."""
+    pooled = torch.empty(B, architecture.pooled_dim) if isinstance(architecture, SDXLConfig) else None
+    return Cond(torch.empty(B, TEXT_TOKENS, architecture.text_dim), pooled)
 
 
 def sparsities(config: Config) -> set[float]:

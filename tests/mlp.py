@@ -1,5 +1,7 @@
 """Three 2-layer perceptrons as student, teacher and critic: every method runs on them in milliseconds."""
 
+from collections.abc import Collection, Iterable
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -23,7 +25,7 @@ class Call(NamedTuple):
 
 
 class MLP(nn.Module):
-    """F(x_t, model_t, text), and a record of its calls."""
+    """F(x_t, model_t, text, guidance if told), and a record of its calls."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -38,8 +40,44 @@ class MLP(nn.Module):
 
     def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond) -> Tensor:
         self.calls.append(Call(x_t.detach(), model_t, cond.text, torch.is_grad_enabled()))
-        h = torch.cat([x_t.flatten(1), model_t[:, None] / 1000, cond.text.mean(1)], dim=1)
+        told = 0 if cond.guidance is None else cond.guidance[:, None]
+        h = torch.cat([x_t.flatten(1), model_t[:, None] / 1000 + told, cond.text.mean(1)], dim=1)
         return self.last(torch.tanh(self.first(h))).view_as(x_t)
+
+
+class Deep(MLP):
+    """With three blocks between, whose hidden states [B, 8, 1, 2, 2] can be looked at."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(100 + seed)
+            self.blocks = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+        self.config = SimpleNamespace(width=8)
+
+    def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond) -> Tensor:
+        return self.features(x_t, model_t, cond, ())[0]
+
+    def features(
+        self, x_t: Tensor, model_t: Tensor, cond: Cond, layers: Collection[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        self.calls.append(Call(x_t.detach(), model_t, cond.text, torch.is_grad_enabled()))
+        h, maps = torch.cat([x_t.flatten(1), model_t[:, None] / 1000, cond.text.mean(1)], dim=1), []
+        h = torch.tanh(self.first(h))
+        for index, block in enumerate(self.blocks):
+            h = h + torch.tanh(block(h))
+            if index in layers:
+                maps.append(h.view(-1, 8, 1, 2, 2))
+        return self.last(h).view_as(x_t), maps
+
+
+def deep_nets(schedule: Schedule, roles: Iterable[str]) -> dict[str, Denoiser]:
+    """By role, without a discriminator."""
+    return {role: Denoiser(Deep(seed), schedule) for seed, role in enumerate(roles) if role != "disc"}
+
+
+def with_heads(nets: dict[str, Denoiser], heads: nn.Module, schedule: Schedule) -> dict[str, Denoiser]:
+    return {**nets, "disc": Denoiser(heads, schedule)}
 
 
 def three_nets(schedule: Schedule) -> dict[str, Denoiser]:

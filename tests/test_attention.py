@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fastdmd_kernels import attention as dense
-from fastdmd_kernels.attention import attention
+from fastdmd_kernels.attention import attention, masked_attention
 
 CPU = torch.device("cpu")
 
@@ -79,6 +79,27 @@ def test_any_strides(view):
 def test_what_it_cannot_do_raises_with_the_shapes(bad, match):
     with pytest.raises(ValueError, match=match):
         attention(*bad(*qkv()))
+    with pytest.raises(ValueError, match=match):
+        masked_attention(*bad(*qkv()), torch.ones(10, 7, dtype=torch.bool))
+
+
+def test_masked_values_and_gradients():
+    """Row by row: a query and the keys that it sees. A row of the mask is of queries, not of keys."""
+    q, k, v = qkv(dtype=torch.float64)
+    mask = random(10, 7) > 0
+    mask[:, 3] = True
+
+    def rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.cat([exact(q[:, i : i + 1], k[:, seen], v[:, seen]) for i, seen in enumerate(mask)], 1)
+
+    def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return masked_attention(q, k, v, mask)
+
+    for x, true in zip(values(masked, q, k, v), values(rows, q, k, v), strict=True):
+        torch.testing.assert_close(x, true, rtol=1e-12, atol=1e-12)
+    for wrong in (mask.T, mask[None], mask.double()):
+        with pytest.raises(ValueError, match=r"needed is bool \[10, 7\]"):
+            masked_attention(q, k, v, wrong)
 
 
 # ------------------------------------------------------------------------------------------------------- the choice

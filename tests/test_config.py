@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from tiny import write_encoded
 from typer.testing import CliRunner
 
 from fastdmd import config as configs
@@ -79,7 +81,6 @@ resolution = [16, 32]
 """
 )
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
 SIZES = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 24}
 WAN = {"_class_name": "WanTransformer3DModel", **SIZES, "num_layers": 1}
 MODELS = {  # transformer/config.json of each
@@ -112,7 +113,22 @@ def place(tmp_path_factory):
     (path / "prompts.txt").write_text("a cat\na dog\n")
     (path / "empty.txt").write_text("\n")
     (path / "mac.txt").write_bytes("café\n".encode("mac_roman"))
+    write_folders(path / "encoded")
     return path
+
+
+def write_folders(path):
+    """Encoded for DMD above, and below it some that are not."""
+    x0, text, thin = torch.zeros(2, 16, 21, 4, 6), torch.zeros(2, 8, 4096), torch.zeros(2, 8, 32)
+    write_encoded(path, {"x0": x0, "text": text}, text[:1])
+    write_encoded(path / "thin", {"x0": x0, "text": thin}, thin[:1])
+    write_encoded(path / "small", {"x0": torch.zeros(2, 16, 2, 2, 4), "text": thin}, thin[:1])
+    write_encoded(path / "pooled", {"x0": x0, "text": text, "pooled": thin[:, 0]}, None)
+    write_encoded(path / "one_sided", {"x0": x0, "text": text}, None)
+    write_encoded(path / "torn", {"x0": x0, "text": text}, text[:1], shard=1)
+    (path / "torn" / "00001.safetensors").unlink()
+    write_encoded(path / "short", {"x0": x0, "text": text}, text[:1])
+    save_file({"x0": x0[:1], "text": text[:1]}, path / "short" / "00000.safetensors")
 
 
 @pytest.fixture(autouse=True)
@@ -158,7 +174,12 @@ def test_a_fault_is_one_line(base, edit, expected):
     assert told(text, *overrides) == expected
 
 
-@pytest.mark.parametrize("text", [DMD, FLOW], ids=["dmd", "flow"])
+ENCODED = DMD.replace('"prompts.txt"', '"encoded", "encoded"')
+
+
+@pytest.mark.parametrize(
+    "text", [DMD, FLOW, ENCODED, ENCODED + "[rollout]\nmode = 'data'"], ids=["dmd", "flow", "encoded", "data"]
+)
 def test_what_has_no_fault_gets_past_the_configuration(text):
     with pytest.raises(pytest.fail.Exception, match="loaded before"):
         told(text)
@@ -177,15 +198,15 @@ def test_files_that_are_none():
 
 def test_all_faults_are_told_at_once_in_the_order_of_the_file():
     text = DMD.replace("lr = 1e-5", "lrr = 1e-5").replace('"dmd"', '"dmb"').replace("batch_size = 2", "batch_size = 0")
-    text += "\n[rollout]\nmode = 'causal'\nframes_per_block = 3\n"
+    text += "\n[rollout]\nmode = 'causal'\ncontext_noise = 20\nframes_per_block = 3\n"
     assert told(text.replace("frames = 81", "frames = 121"), "run.seed='a'") == [
         "command line: run.seed: 'a' is not a whole number; e.g. seed = 0",
         "run.toml:4: run.batch_size: 0 is not positive; use 1 or more",
-        "run.toml:14: method.name: 'dmb' is not one of dmd, flow; did you mean 'dmd'?",
+        "run.toml:14: method.name: 'dmb' is not one of dmd, sid, dcm, lcm, flow; did you mean 'dmd'?",
         "run.toml:22: optim.student.lrr: unknown key; did you mean 'lr'?",
         "run.toml:29: data.frames: 121 gives 31 latent frames, not a multiple of rollout.frames_per_block = 3; "
         "nearest: 117 or 129",
-        "run.toml:33: rollout.mode: 'causal' is not built yet; use 'bidirectional' or 'data'",
+        "run.toml:34: rollout.context_noise: 20.0 leaves [0, 1); Self-Forcing uses 0",
     ]
 
 
@@ -244,11 +265,3 @@ def test_the_resolved_configuration_is_a_configuration(text):
     Path("resolved.toml").write_text(configs.dump(config), encoding="utf-8")
     assert configs.load("resolved.toml") == config
     assert configs.load("resolved.toml", ["run.seed=1"]) != config
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_the_repository_s_configurations_load(path, monkeypatch, tmp_path):
-    monkeypatch.chdir(path.parent.parent)
-    config = configs.load(path)
-    (tmp_path / "resolved.toml").write_text(configs.dump(config), encoding="utf-8")
-    assert configs.load(tmp_path / "resolved.toml") == config

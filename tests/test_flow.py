@@ -19,7 +19,7 @@ def make_rng(step: int = 0) -> Rng:
 
 
 def make(distribution: str = "uniform", flow_shift: float = 3.0) -> Flow:
-    return Flow(Config(name="flow", timestep_distribution=distribution), flow_shift=flow_shift)
+    return Flow(Config(name="flow", timestep_distribution=distribution), FlowSchedule(flow_shift))
 
 
 def times(method: Flow, u: torch.Tensor) -> torch.Tensor:
@@ -64,7 +64,7 @@ def test_a_draw_of_zero_is_finite():
 def test_one_phase_and_no_few_step_sampler():
     method = make()
     assert method.phases(0) == method.phases(7) == ("student",)
-    assert method.roles == {"student": "train"}
+    assert method.config.roles == {"student": "train"}
     assert method.times is None
 
 

@@ -14,7 +14,7 @@ PAGES = {  # by module name
     for root, package in ((REPOSITORY, "fastdmd"), (KERNELS, "fastdmd_kernels"))
     for path in sorted((root / package).rglob("*.py"))
 }
-LINES = 450
+LINES, METHOD_LINES = 450, 250
 
 
 def under(name, *packages):
@@ -65,6 +65,11 @@ def environment_is_read_in_three_places(module, text):
 def files_are_short(module, text):
     if (lines := text.count("\n")) > LINES:
         yield f"{lines} lines"
+
+
+def methods_are_short(module, text):
+    if under(module, "fastdmd.methods") and text.count("\n") > METHOD_LINES:
+        yield f"{text.count(chr(10))} lines"
 
 
 def nothing_is_pickled(module, text):
@@ -122,6 +127,7 @@ RULES = {
         ("fastdmd.train", "import os\nos.getenv('RANK')"),
     ],
     files_are_short: [("fastdmd.train", "\n" * (LINES + 1))],
+    methods_are_short: [("fastdmd.methods.dmd", "\n" * (METHOD_LINES + 1))],
     nothing_is_pickled: [
         ("fastdmd.checkpoint", "import torch\ntorch.load('x')"),
         ("fastdmd.checkpoint", "from pickle import dump"),
@@ -174,6 +180,18 @@ def test_from_the_command_line_to_the_loss_in_four_files_and_three_calls():
     assert "fastdmd_kernels.dmd_loss" in imported("fastdmd.methods.dmd", PAGES["fastdmd.methods.dmd"])
     assert "dmd_loss" in calls(function("fastdmd.methods.dmd", "loss"))
     assert function("fastdmd_kernels.losses", "dmd_loss")
+
+
+def runs(text, length=6):
+    """Every run of lines that say something, as they are written."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return {tuple(lines[i : i + length]) for i in range(len(lines) - length + 1)}
+
+
+def test_sid_repeats_nothing_of_dmd():
+    dmd, sid = PAGES["fastdmd.methods.dmd"], PAGES["fastdmd.methods.sid"]
+    assert runs(dmd) & runs(sid) == set()
+    assert runs(dmd) & runs(f"{sid}\n{dmd}")  # a copy would be seen
 
 
 def test_the_kernels_folder_is_no_package():

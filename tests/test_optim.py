@@ -46,7 +46,7 @@ def make(rounded: bool = False, config: Config = CONFIG) -> tuple[Net, Optimizer
     if rounded:
         masters = {name: p.detach().clone() for name, p in net.named_parameters()}
         net.bfloat16()
-    return net, Optimizer(net, config, 10, masters)
+    return net, Optimizer(dict(net.named_parameters()), config, 10, masters)
 
 
 # ------------------------------------------------------------------------------------- steps

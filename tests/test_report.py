@@ -48,11 +48,11 @@ def metrics(steps: int = 120) -> list[dict]:
     return rows
 
 
-def make_run(folder: Path, scores=SCORES, rows=None, config=CONFIG, size=(12, 16), who=tuple(SCORES)) -> Path:
+def make_run(folder: Path, scores=SCORES, rows=None, config=CONFIG, size=(12, 16), who=tuple(SCORES), few=3) -> Path:
     folder.mkdir(parents=True)
     rows = metrics() if rows is None else rows
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    summary = {"scores": scores, "steps": 120, "seconds": 3723.0, "peak_mem_gb": 1.234}
+    summary = {"scores": scores, "student_steps": few, "steps": 120, "seconds": 3723.0, "peak_mem_gb": 1.234}
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "config.toml").write_text(config)
     generator = torch.Generator().manual_seed(0)
@@ -215,7 +215,7 @@ def test_what_is_not_finite_is_left_out(tmp_path, odd):
 def test_run_without_teacher(tmp_path):
     config = '[method]\nname = "flow"\n\n[validation]\nteacher_steps = 50\n'
     scores = {**dict.fromkeys(SCORES, NULL), "student": SCORES["student"]}
-    folder = make_run(tmp_path / "tiny", scores=scores, config=config, who=("student",))
+    folder = make_run(tmp_path / "tiny", scores=scores, config=config, who=("student",), few=50)
     page = read_page(folder)
     assert "teacher" not in page.text.replace("teacher_steps", "").replace("mean |critic - teacher|", "")
     assert "student, 50 steps" in page.text

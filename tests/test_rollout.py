@@ -129,15 +129,35 @@ def test_mode_data_noises_a_latent_to_the_exit_time(student):
         roll(student, 0, batch=Batch(BATCH.cond, BATCH.uncond, mlp.SHAPE), mode="data")
 
 
-@pytest.mark.parametrize("change", [{"grad_frames": 0}, {"frames_per_block": 0}, {"frames_per_block": 3}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"grad_frames": 0},
+        {"frames_per_block": 0},
+        {"context_noise": 1.0},
+        {"context_noise": -0.1},
+        {"frames_per_block": 3},  # no mode = "causal"
+        {"independent_first_frame": True, "shared_exit_step": False, "context_noise": 0.5},
+    ],
+    ids=str,
+)
 def test_problems_name_the_key(change):
     assert {key for key, _ in Config(**change).problems()} == change.keys()
     assert not list(Config(grad_frames=2).problems())
 
 
+def test_problems_of_causal_rollouts():
+    blocks = {"independent_first_frame": True, "shared_exit_step": False, "context_noise": 0.999}
+    assert not list(Config(mode="causal", frames_per_block=3, **blocks).problems())
+    for change in ({"frames_per_block": None}, {"frames_per_block": 0}, {"context_noise": 1.0, "frames_per_block": 3}):
+        ((key, _),) = Config(mode="causal", **change).problems()
+        assert key == next(iter(change))
+
+
 def test_every_key_has_a_test():
-    """mode, exit: above; frames_per_block: a problem outside of causal rollouts; grad_frames: test_dmd."""
-    assert {field.name for field in fields(Config)} == {"mode", "exit", "grad_frames", "frames_per_block"}
+    """mode, exit: above; grad_frames: test_dmd; grad_frames again and what only causal rollouts read: test_causal."""
+    causal = {"frames_per_block", "independent_first_frame", "shared_exit_step", "context_noise"}
+    assert {field.name for field in fields(Config)} == {"mode", "exit", "grad_frames"} | causal
 
 
 # --------------------------------------------------------------------------------- samplers

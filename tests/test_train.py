@@ -9,7 +9,7 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import make_config, manifest, rows, write_toml, write_wan
+from tiny import DETAIL, make_config, manifest, rows, write_toml, write_wan
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -28,6 +28,14 @@ RUNS = {
     "a row for three steps": ("dmd", "logging.every=3"),
     "with validation": ("dmd", "validation.every=2"),
     "EMA of every other update of the student": ("dmd", "ema.every=2"),
+    "causal sid": ("causal_sid",),
+    "causal flow": ("causal_flow",),
+    "lcm with an average as its target": ("lcm",),
+    "adapters": ("lcm_lora",),
+    "sdxl told its guidance": ("sdxl_lcm",),
+    "dmd with a discriminator": ("dmd", "method.gan_weight=0.1", "method.gan_layers=[0]", "optim.disc.lr=1e-3"),
+    "dcm": ("dcm",),
+    "dcm, detail expert": ("dcm", *DETAIL),
 }
 
 
@@ -75,7 +83,9 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path, monkeypatch, how, stop):
     there = manifest(whole.folder)["files"]
     assert manifest(resumed.folder)["files"] == there
     assert {"student.safetensors", "optim_student.safetensors", "ema.safetensors"} <= set(there)
-    assert "dmd" not in RUNS[how] or {"critic.safetensors", "optim_critic.safetensors"} <= set(there)
+    assert not {"dmd", "causal_sid"} & set(RUNS[how]) or {"critic.safetensors", "optim_critic.safetensors"} <= set(
+        there
+    )
     assert rows(resumed.folder) == rows(whole.folder)
 
 
@@ -246,7 +256,7 @@ def test_summaries_have_the_same_keys(tmp_path):
         run = train.train(make_config(tmp_path / str(i), method, "run.max_steps=1", *overrides))
         found.append(json.loads((run.folder / "summary.json").read_text()))
     for summary in found:
-        assert list(summary) == ["scores", "steps", "seconds", "peak_mem_gb"]
+        assert list(summary) == ["scores", "student_steps", "steps", "seconds", "peak_mem_gb"]
         assert list(summary["scores"]) == ["student", "teacher_50", "teacher_few"]
         assert all(list(scores) == ["oracle", "swd"] for scores in summary["scores"].values())
         assert summary["scores"]["student"]["swd"] > 0

@@ -268,9 +268,9 @@ def test_a_step_of_dmd_has_no_float64_and_no_sync(dtype, tile, guidance, critic_
     config = DMD.Config(
         name="dmd", denoising_timesteps=(1000, 757, 522), guidance=guidance, critic_guidance=critic_guidance
     )
-    method = DMD(config, flow_shift=5.0, rollout=RolloutConfig(grad_frames=grad_frames), critic=CriticConfig())
+    method = DMD(config, FlowSchedule(5.0), rollout=RolloutConfig(grad_frames=grad_frames), critic=CriticConfig())
     nets = {}
-    for role in method.roles:
+    for role in config.roles:
         with torch.device("meta"):
             net = Wan(TINY, tile)
         net.cast(dtype)

@@ -1,16 +1,20 @@
 """Runs of milliseconds a step: a random Wan in a folder, and whole configurations on the built-in world."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 from fastdmd import config as configs
 from fastdmd.checkpoint import complete
 from fastdmd.config import Config
 from fastdmd.log import read_metrics
-from fastdmd.models import folder
+from fastdmd.models import folder, sdxl_folder
+from fastdmd.models.sdxl import SDXL, SDXLConfig
 from fastdmd.models.wan import Wan, WanConfig
 
 ARCHITECTURE = WanConfig(
@@ -69,6 +73,10 @@ teacher_steps = 2
 [logging]
 every = 1
 """
+# of the semantic expert; for the detail expert see DETAIL
+DCM_KEYS = 'expert = "semantic"\nguidance = 3.0\ntarget = "ema"\ntemporal_weight = 1.0\ntemporal_lag = 1'
+DCM = FLOW.replace('name = "flow"', f'name = "dcm"\n{DCM_KEYS}')
+DETAIL = ("method.expert='detail'", "method.detail_timesteps=[800, 400]", "optim.disc.lr=1e-3")
 DMD = (
     FLOW.replace('name = "flow"', 'name = "dmd"\ndenoising_timesteps = [1000, 757, 522]\nguidance = 3.0')
     + """
@@ -79,6 +87,74 @@ updates_per_generator = 2
 lr = 2e-3
 """
 )
+CAUSAL_SID = (
+    DMD.replace('"dmd"', '"sid"').replace("frames = 3", "frames = 4")
+    + """
+[rollout]
+mode = "causal"
+frames_per_block = 2
+"""
+)
+LCM = FLOW.replace(
+    'name = "flow"',
+    """name = "lcm"
+denoising_timesteps = [1000, 500]
+guidance_range = [1.5, 3.0]
+guidance = 2.0
+""",
+)
+LORA = """
+[student]
+train = "lora"
+
+[lora]
+rank = 2
+alpha = 4.0
+targets = ["to_q", "to_v"]
+"""
+SDXL_LCM = (
+    LCM.replace("wan2.1", "sdxl")
+    .replace("/wan", "/sdxl")
+    .replace("frames = 3\n", "")
+    .replace("[schedule]\nflow_shift = 3.0\n", "")
+    .replace("guidance = 2.0", "guidance = 2.0\nguidance_embedding = true")
+)
+TEXTS = {
+    "flow": FLOW,
+    "dmd": DMD,
+    "causal_sid": CAUSAL_SID,
+    "dcm": DCM,
+    "causal_flow": FLOW.replace('name = "flow"', 'name = "flow"\nframes_per_block = 2').replace(
+        "frames = 3", "frames = 4"
+    ),
+    "lcm": LCM,
+    "lcm_lora": LCM.replace("guidance = 2.0", 'guidance = 2.0\ntarget = "student"') + LORA,
+    "sdxl_lcm": SDXL_LCM,
+    "sdxl_lcm_lora": SDXL_LCM + LORA,
+}
+UNET = SDXLConfig(
+    block_out_channels=(8, 16),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+    transformer_layers_per_block=(1, 1),
+    attention_head_dim=(1, 2),
+    layers_per_block=1,
+    norm_num_groups=4,
+    cross_attention_dim=32,
+    addition_time_embed_dim=4,
+    projection_class_embeddings_input_dim=32 + 6 * 4,
+    in_channels=3,
+    out_channels=3,
+    sample_size=8,
+)
+
+
+def write_sdxl(path: Path) -> Path:
+    """A diffusers folder of random weights with SDXL's noise."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        weights = SDXL(UNET).state_dict()
+    sdxl_folder.export(path, UNET, weights, sdxl_folder.ddim_scheduler(sdxl_folder.Noise()), None)
+    return path
 
 
 def write_wan(path: Path, architecture: WanConfig = ARCHITECTURE, nan: bool = False) -> Path:
@@ -92,11 +168,31 @@ def write_wan(path: Path, architecture: WanConfig = ARCHITECTURE, nan: bool = Fa
     return path
 
 
+def write_encoded(path: Path, tensors: Mapping[str, Tensor], uncond: Tensor | None, shard: int = 2) -> Path:
+    """A folder of encoded latents, `shard` samples a file; of x0, text, perhaps pooled [n, ..]; uncond [1, S, D]."""
+    path.mkdir(parents=True)
+    files = {}
+    for first in range(0, len(tensors["x0"]), shard):
+        rows = {key: value[first : first + shard].contiguous() for key, value in tensors.items()}
+        name = f"{first // shard:05d}.safetensors"
+        save_file(rows, path / name)
+        files[name] = len(rows["x0"])
+    if uncond is not None:
+        save_file({"text": uncond.contiguous()}, path / "uncond.safetensors")
+    shape = list(tensors["x0"].shape[1:])
+    manifest = {"latent_shape": shape, "files": files, "prompts": ["a cat", "a dog"]}
+    (path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return path
+
+
 def write_toml(here: Path, method: str) -> Path:
-    """here/METHOD.toml; its model is here/wan and its output_dir here/run."""
-    write_wan(here / "wan")
+    """here/METHOD.toml; its model is here/wan or here/sdxl, and its output_dir here/run."""
+    if "sdxl" in method:
+        write_sdxl(here / "sdxl")
+    else:
+        write_wan(here / "wan")
     path = here / f"{method}.toml"
-    path.write_text({"flow": FLOW, "dmd": DMD}[method].format(here=here), encoding="utf-8")
+    path.write_text(TEXTS[method].format(here=here), encoding="utf-8")
     return path
 
 

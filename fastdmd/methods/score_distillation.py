@@ -3,7 +3,7 @@
 DMD 2311.18828, DMD2 2405.14867, Self-Forcing 2506.08009. B batch; latents [B, C, T, H, W].
 """
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from fastdmd import rollout as rollouts
-from fastdmd.denoiser import Batch, Denoiser, guide
+from fastdmd.causal import sample_blocks
+from fastdmd.denoiser import Batch, Cond, Denoiser, guide
+from fastdmd.methods.method import Carry, Loss, Method, Nets, Role
 from fastdmd.rng import Rng
-from fastdmd.schedule import Coeffs, add_noise, coeffs, shift, student_times, unshift
+from fastdmd.sampler import renoise
+from fastdmd.schedule import Coeffs, Schedule, add_noise, coeffs, shift, student_times, timestep_problems, unshift
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,27 +42,28 @@ def _divisors(n: int) -> list[int]:
 class ScoreConfig:
     """Keys of [method] that DMD and SiD share."""
 
+    uses: ClassVar = ("critic", "rollout")
+    guidance_embedding: ClassVar = False
+
     denoising_timesteps: tuple[float, ...]  # the student's steps, model timesteps in (0, 1000], descending
     guidance: float  # teacher, uncond + w (cond - uncond); published real_guidance_scale g is w = g + 1
     warp_timesteps: bool = False  # denoising_timesteps are nominal and go through flow_shift
-    critic_guidance: float = 1.0
+    critic_guidance: float = 1.0  # in the student's loss; SiD-LSG's kappa_2, as guidance is its kappa_4
+    critic_train_guidance: float = 1.0  # inside the critic's own loss; SiD-LSG's kappa_1
     score_timestep_shift: float | None = None  # absent: schedule.flow_shift
     score_timestep_range: tuple[float, float] = (0.02, 0.98)
     score_window: Literal["none", "lower", "upper", "both"] = "none"
 
+    @property
+    def roles(self) -> Mapping[str, Role]:
+        return {"student": "train", "teacher": "frozen", "critic": "train"}
+
+    @property
+    def needs_latents(self) -> bool:
+        return False
+
     def problems(self) -> Iterator[tuple[str, str]]:
-        steps = [int(t) if t.is_integer() else t for t in self.denoising_timesteps]
-        if not steps:
-            yield "denoising_timesteps", "is empty; e.g. [1000, 757, 522]"
-        elif not all(0 < t <= 1000 for t in steps):
-            yield (
-                "denoising_timesteps",
-                f"{steps} leaves (0, 1000]; give 1000 times the noise levels, e.g. [1000, 757, 522]",
-            )
-        elif sorted(set(steps), reverse=True) != steps:
-            yield "denoising_timesteps", f"{steps} does not descend; use {sorted(set(steps), reverse=True)}"
-        elif steps[0] != 1000:
-            yield "denoising_timesteps", f"{steps} starts at {steps[0]}; start at 1000, from pure noise"
+        yield from timestep_problems(self.denoising_timesteps)
         if self.score_timestep_shift is not None and self.score_timestep_shift <= 0:
             yield "score_timestep_shift", f"{self.score_timestep_shift} is not positive; 1 is off"
         low, high = self.score_timestep_range
@@ -77,17 +81,15 @@ class Scores(NamedTuple):
     c: Coeffs
 
 
-class ScoreDistillation:
+class ScoreDistillation(Method):
     """Base of DMD and SiD; they add the student's loss."""
 
-    roles: ClassVar = {"student": "train", "teacher": "frozen", "critic": "train"}
-    uses: ClassVar = ("critic", "rollout")  # config tables beside [method]
-
-    def __init__(self, config: Any, *, flow_shift: float, rollout: rollouts.Config, critic: CriticConfig) -> None:
-        self.config, self.rollout_config = config, rollout
+    def __init__(self, config: Any, schedule: Schedule, *, rollout: rollouts.Config, critic: CriticConfig) -> None:
+        self.config, self.schedule, self.rollout_config = config, schedule, rollout
         self.guidance = config.guidance
-        self.times = student_times(config.denoising_timesteps, config.warp_timesteps, flow_shift)
-        self.score_shift = flow_shift if config.score_timestep_shift is None else config.score_timestep_shift
+        self.times = student_times(config.denoising_timesteps, config.warp_timesteps, schedule.flow_shift)
+        given = config.score_timestep_shift
+        self.score_shift = schedule.flow_shift if given is None else given
         self.rollouts_per_generator = critic.updates_per_generator // critic.updates_per_rollout
         self.critic_phases = ("critic",) * critic.updates_per_rollout
 
@@ -95,9 +97,13 @@ class ScoreDistillation:
         """One rollout a step; every k-th also trains the student, k = updates_per_generator / updates_per_rollout."""
         return (("student",) if step % self.rollouts_per_generator == 0 else ()) + self.critic_phases
 
-    def rollout(
-        self, nets: Mapping[str, Denoiser], batch: Batch, rng: Rng, carry: MutableMapping[str, Any], grad: bool
-    ) -> rollouts.Rollout:
+    def sample(self, nets: Nets, noise: Tensor, cond: Cond, uncond: Cond, rng: Rng) -> Tensor:
+        student, how = nets["student"], self.rollout_config
+        if how.mode == "causal":
+            return sample_blocks(student, noise, self.times, how.blocks(noise.shape[2]), how.context_noise, cond, rng)
+        return renoise(student, self.schedule, noise, self.times, cond, rng)
+
+    def rollout(self, nets: Nets, batch: Batch, rng: Rng, carry: Carry, grad: bool) -> rollouts.Rollout:
         """The step's rollout: made by its first phase, without gradient for the others."""
         if "rollout" not in carry:
             made = rollouts.rollout(nets["student"], batch, self.times, self.rollout_config, rng, grad)
@@ -117,23 +123,16 @@ class ScoreDistillation:
         s = shift(u_low + (u_high - u_low) * rng.uniform(), self.score_shift)
         return s.clamp(*self.config.score_timestep_range)
 
-    def scores(
-        self, nets: Mapping[str, Denoiser], x0: Tensor, made: rollouts.Rollout, batch: Batch, rng: Rng
-    ) -> Scores:
+    def scores(self, nets: Nets, x0: Tensor, made: rollouts.Rollout, batch: Batch, rng: Rng) -> Scores:
         """Critic and teacher at z = alpha(s) x0 + sigma(s) eps; guidance is one batched call, left out when off."""
-        critic, teacher, config = nets["critic"], nets["teacher"], self.config
-        s = self.score_time(rng, made)
-        z = add_noise(critic.schedule, x0, rng.normal(batch.latent_shape), s)
-        if config.critic_guidance == 1:
-            F_fake = critic.raw(z, s, batch.cond)
-        else:
-            F_fc, F_fu = critic.raw_pair(z, s, batch.cond, batch.uncond)
-            F_fake = guide(F_fu, F_fc, config.critic_guidance)
+        config, s = self.config, self.score_time(rng, made)
+        z = add_noise(self.schedule, x0, rng.normal(batch.latent_shape), s)
+        F_fake = guided(nets["critic"], z, s, batch, config.critic_guidance)
         if config.guidance == 1:
-            F_c, F_u = teacher.raw(z, s, batch.cond), None
+            F_c, F_u = nets["teacher"].raw(z, s, batch.cond), None
         else:
-            F_c, F_u = teacher.raw_pair(z, s, batch.cond, batch.uncond)
-        return Scores(z, F_fake, F_c, F_u, coeffs(teacher.schedule, s, z.device))
+            F_c, F_u = nets["teacher"].raw_pair(z, s, batch.cond, batch.uncond)
+        return Scores(z, F_fake, F_c, F_u, coeffs(self.schedule, s, z))
 
     def mask(self, x0: Tensor) -> Tensor | None:
         """Which elements carry the loss: the last `grad_frames` frames of [B, C, T, H, W], or all."""
@@ -143,12 +142,27 @@ class ScoreDistillation:
         frames = torch.arange(x0.shape[2], device=x0.device) >= x0.shape[2] - k
         return frames.view(1, 1, -1, 1, 1)
 
-    def critic_loss(
-        self, nets: Mapping[str, Denoiser], batch: Batch, rng: Rng, carry: MutableMapping[str, Any]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """mean((F_critic(z, s) - target)^2) on the student's samples, conditional only."""
-        critic = nets["critic"]
+    def last_frames(self, x0: Tensor) -> Tensor:
+        """x0 with gradient in the elements of `mask` only."""
+        mask = self.mask(x0)
+        return x0 if mask is None else torch.where(mask, x0, x0.detach())
+
+    def critic_loss(self, nets: Nets, batch: Batch, rng: Rng, carry: Carry) -> Loss:
+        """mean((F_critic(z, s) - target)^2) on the student's samples, conditional unless `critic_train_guidance`."""
+        z, s, target = self.critic_task(nets, batch, rng, carry)
+        F = guided(nets["critic"], z, s, batch, self.config.critic_train_guidance)
+        return (F - target).square().mean(), {}
+
+    def critic_task(self, nets: Nets, batch: Batch, rng: Rng, carry: Carry) -> tuple[Tensor, Tensor, Tensor]:
+        """(z, s, target): a sample of the student noised to a score time, and the F to learn there."""
         made = self.rollout(nets, batch, rng, carry, grad=False)
         s, eps = self.score_time(rng, made), rng.normal(batch.latent_shape)
-        F = critic.raw(add_noise(critic.schedule, made.x0_g, eps, s), s, batch.cond)
-        return (F - critic.schedule.target(made.x0_g, eps, s)).square().mean(), {}
+        return add_noise(self.schedule, made.x0_g, eps, s), s, self.schedule.target(made.x0_g, eps, s)
+
+
+def guided(net: Denoiser, z: Tensor, s: Tensor, batch: Batch, w: float) -> Tensor:
+    """F under guidance w, one batched call; without the other side when w is 1."""
+    if w == 1:
+        return net.raw(z, s, batch.cond)
+    F_c, F_u = net.raw_pair(z, s, batch.cond, batch.uncond)
+    return guide(F_u, F_c, w)

@@ -56,15 +56,17 @@ def read_config(folder: Path) -> WanConfig:
     return config
 
 
-def load(folder: str | Path, device: torch.device | str = "cpu", tile: Grid | None = None) -> Wan:
-    """The Wan of a diffusers folder, float32; with a `tile`, its self-attention is sparse.
+def load(
+    folder: str | Path, device: torch.device | str = "cpu", tile: Grid | None = None, kind: type[Wan] = Wan
+) -> Wan:
+    """The Wan of a diffusers folder, float32, as a `kind` of Wan; with a `tile`, its self-attention is sparse.
 
     Gates of the sparse attention are zero where the folder has none, and are read under FastVideo's names too. A folder
     that has them was trained with them: a dense network of it is refused.
     """
     folder = Path(folder)
     with torch.device("meta"):
-        net = Wan(read_config(folder), tile)
+        net = kind(read_config(folder), tile)
     weights, expected = component.read_weights(folder / "transformer"), net.state_dict()
     weights = {FASTVIDEO_GATE.sub(r"\1attn1.to_gate_compress.", name): value for name, value in weights.items()}
     gates = {name for name in weights if ".attn1.to_gate_compress." in name}

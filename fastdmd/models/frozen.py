@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdmd.denoiser import Cond
 from fastdmd.log import Progress
 
 TEXT_TOKENS = 512
 
 
 class TextEncoder:
-    """Prompts -> embeddings [n, 512, D] on the host, zeros behind each prompt's last token, as Wan was trained."""
+    """Prompts -> text [n, 512, D] on the host, zeros behind each prompt's last token, as Wan was trained."""
 
     def __init__(self, path: str, device: torch.device, dtype: torch.dtype) -> None:
         from transformers import AutoTokenizer, UMT5EncoderModel
@@ -26,7 +27,7 @@ class TextEncoder:
         self.device = device
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[str], batch_size: int = 8) -> Tensor:
+    def __call__(self, prompts: Sequence[str], batch_size: int = 8) -> Cond:
         """The encoder is on the device only while it works: it is larger than a 1.3B student."""
         self.model.to(self.device)
         done, progress = [], Progress("encoding prompts", len(prompts))
@@ -43,7 +44,7 @@ class TextEncoder:
             done.append((text * mask[..., None]).cpu())
             progress.show(min(first + batch_size, len(prompts)))
         self.model.to("cpu")
-        return torch.cat(done)
+        return Cond(torch.cat(done))
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ The names of a network change: a target's own weight is at `TARGET.base_layer.we
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,6 +20,24 @@ SDXL_TARGETS = (  # LCM-LoRA (2311.05556)
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
     *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """[lora]: what a student trains in place of its own weights."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]  # ends of layers' names
+    modules: tuple[str, ...] = ()  # beginnings of names of what is trained whole beside the adapters
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.rank < 1:
+            yield "rank", f"{self.rank} is not positive; LCM-LoRA uses 64, DCM 128"
+        if self.alpha <= 0:
+            yield "alpha", f"{self.alpha} is not positive; as much as the rank is usual"
+        if not self.targets:
+            yield "targets", f"is empty; e.g. {list(WAN_TARGETS)}"
 
 
 def add_lora(module: nn.Module, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
@@ -40,9 +59,28 @@ def add_lora(module: nn.Module, rank: int, alpha: float, targets: Sequence[str],
         parameter.requires_grad_(name in adapters)
 
 
-def lora_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapters' parameters by name."""
-    return {name: p for name, p in module.named_parameters() if ".lora_A." in name or ".lora_B." in name}
+def lora_parameters(module: nn.Module, whole: Sequence[str] = ()) -> dict[str, nn.Parameter]:
+    """The adapters' parameters by name, and those of the modules that are trained whole."""
+    found = {}
+    for name, parameter in module.named_parameters():
+        if ".lora_A." in name or ".lora_B." in name or any(name.startswith(f"{part}.") for part in whole):
+            found[name] = parameter
+    return found
+
+
+def merged(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters of a network without adapters that computes the same: W + alpha / rank B A."""
+    from peft.tuners.lora import LoraLayer
+
+    found = {
+        name.replace(".base_layer", ""): p.detach().clone()
+        for name, p in module.named_parameters()
+        if ".lora_A." not in name and ".lora_B." not in name
+    }
+    for name, layer in module.named_modules():
+        if isinstance(layer, LoraLayer):
+            found[f"{name}.weight"] += layer.get_delta_weight(ADAPTER)  # type: ignore[attr-defined]
+    return found
 
 
 @contextmanager

@@ -79,6 +79,16 @@ class SDXLConfig:
         return {**FIXED, **asdict(self), "up_block_types": self.up_block_types}
 
     @property
+    def text_dim(self) -> int:
+        return self.cross_attention_dim
+
+    @property
+    def grain(self) -> tuple[int, int]:
+        """Latents along H, W have to be multiples of it: every level but the last halves them."""
+        side = 2 ** (len(self.block_out_channels) - 1)
+        return side, side
+
+    @property
     def pooled_dim(self) -> int:
         return self.projection_class_embeddings_input_dim - TIME_IDS * self.addition_time_embed_dim
 
@@ -171,6 +181,9 @@ class SDXL(nn.Module):
             if w is None
             else "Cond.guidance is set, and this SDXL has no guidance embedding; use one with time_cond_proj_dim = 256"
         )
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Nothing to choose: attention is diffusers' own."""
 
     def cast(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Round parameters to the compute dtype in place, all of them as diffusers does. -> the float32 originals of

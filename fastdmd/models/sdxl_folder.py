@@ -57,6 +57,11 @@ def read_noise(folder: Path) -> Noise:
     return noise
 
 
+def make_schedule(folder: Path | None) -> VPSchedule:
+    """The noise of a diffusers folder; without one, SDXL's own."""
+    return (Noise() if folder is None else read_noise(folder)).schedule()
+
+
 def read_config(folder: Path) -> SDXLConfig:
     """The architecture of `folder/unet`; ValueError for what is not an SDXL."""
     path = folder / "unet" / "config.json"
@@ -84,6 +89,11 @@ def read_config(folder: Path) -> SDXLConfig:
     return config
 
 
+def with_guidance(config: SDXLConfig, time_cond_proj_dim: int | None) -> SDXLConfig:
+    """With a guidance embedding of that width; None leaves the architecture as it is."""
+    return config if time_cond_proj_dim is None else replace(config, time_cond_proj_dim=time_cond_proj_dim)
+
+
 def load(folder: str | Path, device: torch.device | str = "cpu", time_cond_proj_dim: int | None = None) -> SDXL:
     """The UNet of a diffusers folder, float32.
 
@@ -96,7 +106,7 @@ def load(folder: str | Path, device: torch.device | str = "cpu", time_cond_proj_
     if time_cond_proj_dim is not None and had not in (None, time_cond_proj_dim):
         raise ValueError(f"{folder}: unet has a guidance embedding of width {had}, not {time_cond_proj_dim}; use {had}")
     with torch.device("meta"):
-        net = SDXL(replace(config, time_cond_proj_dim=had if time_cond_proj_dim is None else time_cond_proj_dim))
+        net = SDXL(with_guidance(config, time_cond_proj_dim))
     expected = net.state_dict()
     weights = {f"unet.{name}": value for name, value in component.read_weights(folder / "unet").items()}
     if had is None and COND_PROJ in expected:

@@ -1,13 +1,14 @@
 """Wan 2.1 text-to-video DiT (arXiv 2503.20314), with the state-dict names of `diffusers.WanTransformer3DModel`.
 
-B batch, C channel, T frames, H W space, L tokens, D width, N heads, K head dim, S text tokens.
+B batch, C channel, T frames, H W space, L tokens, D width, N heads, K head dim, S text tokens. M is 1 where one time
+holds for all tokens of a sample, L where each token has its own.
 
 Tokens are put in one fixed order at the patch embedding and leave it at the end: raster, or tile order when `tile` is
 set and self-attention is video sparse attention. No attention sees the order, as the RoPE table is in the same one.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,10 +19,11 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdmd.denoiser import Cond
 from fastdmd_kernels import topk_for, video_sparse_attention
-from fastdmd_kernels.attention import attention
+from fastdmd_kernels.attention import attention, prepare
 from fastdmd_kernels.tiles import N_VALID_BITS, Grid, Tiles
 
 Sparse = tuple[Tiles, int]  # the geometry, and the key tiles that each query tile keeps
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [B, L, N, K], turned by RoPE -> [B, L, N, K]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,19 @@ class WanConfig:
     @property
     def width(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def grain(self) -> Grid:
+        """Latents along T, H, W have to be multiples of it."""
+        return self.patch_size
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        for name, value in vars(self).items():
+            least = min(value) if isinstance(value, tuple) else value
+            if least <= 0 and value is not False:
+                yield name, f"{list(value) if isinstance(value, tuple) else value} is not positive; use 1 or more"
+            elif name in ("attention_head_dim", "freq_dim") and least % 2:
+                yield name, f"{least} is odd; use {least + 1}, as channels turn in pairs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +165,14 @@ class Attention(nn.Module):
             nn.init.zeros_(self.to_gate_compress.weight)
             nn.init.zeros_(self.to_gate_compress.bias)
 
-    def forward(self, x: Tensor, context: Tensor, rope: Tensor | None = None, sparse: Sparse | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        rope: Tensor | None = None,
+        sparse: Sparse | None = None,
+        attend: Attend = attention,
+    ) -> Tensor:
         heads = (self.N, -1)
         q = self.norm_q(self.to_q(x)).unflatten(-1, heads)  # [B, L, N, K]
         k = self.norm_k(self.to_k(context)).unflatten(-1, heads)
@@ -158,7 +180,7 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         if sparse is None:
-            out = attention(q, k, v)
+            out = attend(q, k, v)
         else:
             out = video_sparse_attention(q, k, v, self.to_gate_compress(x).unflatten(-1, heads), *sparse)
         return self.to_out[0](out.flatten(2))
@@ -194,13 +216,14 @@ class Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, D) / D**0.5)
 
     def forward(
-        self, x: Tensor, text: Tensor, modulation: Tensor, rope: Tensor, sparse: Sparse | None = None
+        self, x: Tensor, text: Tensor, modulation: Tensor, rope: Tensor, sparse: Sparse | None, attend: Attend
     ) -> Tensor:
-        """x [B, L, D], text [B, S, D], modulation [B, 6, D]; normalisation, modulation and residuals in float32."""
+        """x [B, L, D], text [B, S, D], modulation [B, 6, M, D]; normalisation, modulation, residuals in float32."""
         dtype = x.dtype
-        shift1, scale1, gate1, shift3, scale3, gate3 = (self.scale_shift_table + modulation.float()).chunk(6, dim=1)
+        table = self.scale_shift_table[:, :, None]
+        shift1, scale1, gate1, shift3, scale3, gate3 = (table + modulation.float()).unbind(1)  # [B, M, D]
         h = (layer_norm(x, self.eps) * (1 + scale1) + shift1).to(dtype)
-        x = (x.float() + self.attn1(h, h, rope, sparse) * gate1).to(dtype)
+        x = (x.float() + self.attn1(h, h, rope, sparse, attend) * gate1).to(dtype)
         x = x + self.attn2(self.norm2(x.float()).to(dtype), text)
         h = (layer_norm(x, self.eps) * (1 + scale3) + shift3).to(dtype)
         return (x.float() + self.ffn(h).float() * gate3).to(dtype)
@@ -275,20 +298,51 @@ class Wan(nn.Module):
         return x.reshape(*x.shape[:2], gt * pt, gh * ph, gw * pw)
 
     def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond) -> Tensor:
-        grid = self.grid(x_t.shape)
-        weight = self.patch_embedding.weight
+        return self.features(x_t, model_t, cond, ())[0]
+
+    def features(
+        self, x_t: Tensor, model_t: Tensor, cond: Cond, layers: Collection[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """F, and the hidden states [B, D, T, H, W] (of the token grid, float32) after the blocks of these indices."""
+        rope = rope_table(self.grid(x_t.shape), self.config.attention_head_dim, self.tile, x_t.device)
+        time, modulation, text = self.embed(model_t, cond)
+        attends = [attention] * len(self.blocks)
+        return self.trunk(x_t, time[:, None], modulation[:, :, None], text, rope, attends, layers)
+
+    def embed(self, model_t: Tensor, cond: Cond) -> tuple[Tensor, Tensor, Tensor]:
+        """Times [B] and text -> time [B, D], block modulation [B, 6, D], text [B, S, D]."""
+        return self.condition_embedder(model_t, cond.text.to(self.patch_embedding.weight.dtype))
+
+    def trunk(
+        self,
+        x_t: Tensor,
+        time: Tensor,
+        modulation: Tensor,
+        text: Tensor,
+        rope: Tensor,
+        attends: Sequence[Attend],
+        layers: Collection[int] = (),
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`features` of x_t [B, C, T, H, W]. time [B, M, D], modulation [B, 6, M, D], text [B, S, D],
+        rope [2, L, 1, K/2], and how each block attends to its q, k, v where attention is dense."""
+        grid, found, weight = self.grid(x_t.shape), [], self.patch_embedding.weight
         x = nnf.linear(self.patchify(x_t, grid).to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
-        time, modulation, text = self.condition_embedder(model_t, cond.text.to(weight.dtype))
-        rope = rope_table(grid, self.config.attention_head_dim, self.tile, x.device)
         sparse = self.sparse(grid)
-        for block in self.blocks:
+        for index, (block, attend) in enumerate(zip(self.blocks, attends, strict=True)):
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, text, modulation, rope, sparse, use_reentrant=False)
+                x = checkpoint(block, x, text, modulation, rope, sparse, attend, use_reentrant=False)
             else:
-                x = block(x, text, modulation, rope, sparse)
-        shift, scale = (self.scale_shift_table + time[:, None]).chunk(2, dim=1)  # [B, 1, D]
+                x = block(x, text, modulation, rope, sparse, attend)
+            if index in layers:
+                raster = x if self.tile is None else Tiles(grid, self.tile).to_raster_order(x, 1)
+                found.append(raster.float().transpose(1, 2).unflatten(2, grid))
+        shift, scale = (self.scale_shift_table[:, :, None] + time[:, None]).unbind(1)  # [B, M, D]
         x = (layer_norm(x, self.config.eps) * (1 + scale) + shift).to(x.dtype)
-        return self.unpatchify(self.proj_out(x), grid)
+        return self.unpatchify(self.proj_out(x), grid), found
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Choose the dense attention before the first step."""
+        prepare(device, dtype, self.config.attention_head_dim)
 
     def cast(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Round parameters to the compute dtype in place, but for what diffusers keeps in float32: time embedder, norm2

@@ -107,6 +107,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return run(q, k, v)
 
 
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """`attention` where a query sees only the keys that mask [Lq, Lk], bool, has True for; every query one or more.
+
+    PyTorch's own on any device: of the implementations above most take no mask that is not made of causal or local
+    windows. Work and memory are those of all Lq Lk pairs.
+    """
+    _check(q, k, v)
+    if mask.dtype != torch.bool or mask.shape != (q.shape[1], k.shape[1]):
+        raise ValueError(f"mask {mask.dtype} {list(mask.shape)}: needed is bool {[q.shape[1], k.shape[1]]}")
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return nnf.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
 def prepare(device: torch.device, dtype: torch.dtype, K: int, name: str | None = None) -> str:
     """Choose now what `attention` will use for this device, dtype and head dim: by trial, or `name`. -> its name.
 

@@ -1,0 +1,250 @@
+"""Dual-expert consistency (DCM 2506.03123): a student for the noisy times, where layout is decided, one for the rest.
+
+The grid of N Euler points is sigma_j = S((j + 1) / N), S the schedule's shift; sigma_prev_j = sigma_{j-1}, and
+sigma_prev_0 = S(1 / 1000). The semantic expert is trained at j >= boundary_index, the detail expert below. From sigma_i
+each jumps in one Euler step to the end sigma_e of its phase, and learns to land where the teacher's step and its own
+jump from there land. Flow models: x_t = (1 - sigma) x0 + sigma eps. B batch; latents [B, C, T, H, W].
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fastdmd.denoiser import Batch, Cond, Denoiser, guide
+from fastdmd.methods import gan
+from fastdmd.methods.consistency import huber
+from fastdmd.methods.method import Carry, Loss, Method, Nets, Role
+from fastdmd.rng import Rng
+from fastdmd.sampler import guided, ode
+from fastdmd.schedule import FlowSchedule, Schedule, add_noise, per_sample, shift, student_times
+
+Pair = tuple[Tensor, Tensor, Tensor]  # made, wanted, and e int64 [B]
+DETAIL_ONLY = ("detail_timesteps", "adversarial_weight", "hinge_weight", "feature_weight", "disc_layers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    uses: ClassVar = ()
+    needs_latents: ClassVar = True
+    guidance_embedding: ClassVar = False
+
+    name: Literal["dcm"]
+    expert: Literal["semantic", "detail"]  # which is trained; detail: model.path is the finished semantic expert
+    guidance: float  # of the teacher's steps, uncond + w (cond - uncond); DCM uses w = 6
+    target: Literal["ema", "student"]  # whose jump is learned: the student's average, or the student without gradient
+    temporal_weight: float  # of the square error of frame differences; DCM: 1 for the semantic expert, 0 for the detail
+    temporal_lag: int = 3  # latent frames between the two of a difference
+    solver_steps: int = 50  # N
+    boundary_index: int = 35  # the first point of the semantic expert
+    phases: int = 1  # of the whole grid, moved to the expert's first point
+    huber_c: float = 1e-3
+    semantic_timesteps: tuple[float, ...] = (1000.0, 992.0, 982.0)  # of sampling, 1000 sigma
+    detail_timesteps: tuple[float, ...] = (949.0, 905.0, 810.0)
+    adversarial_weight: float = 0.1  # of hinge and features together; 0: the detail expert has no discriminator
+    hinge_weight: float = 5.0
+    feature_weight: float = 10.0
+    disc_layers: tuple[int, ...] | None = None  # blocks of the teacher, from 0; absent: every second one, 0 first
+
+    @property
+    def points(self) -> range:
+        """Those of the solver's grid that the expert is trained at."""
+        boundary = self.boundary_index
+        return range(boundary, self.solver_steps) if self.expert == "semantic" else range(boundary)
+
+    @property
+    def adversarial(self) -> bool:
+        return self.expert == "detail" and self.adversarial_weight > 0
+
+    @property
+    def roles(self) -> Mapping[str, Role]:
+        found: dict[str, Role] = {"student": "train", "teacher": "frozen"}
+        if self.target == "ema":
+            found["target"] = "ema"
+        if self.expert == "detail":
+            found["semantic"] = "frozen"
+        if self.adversarial:
+            found["disc"] = "heads"
+        return found
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        for key in ("temporal_weight", "adversarial_weight", "hinge_weight", "feature_weight"):
+            if getattr(self, key) < 0:
+                yield key, f"{getattr(self, key)} is negative; 0 is off"
+        for key in ("temporal_lag", "phases"):
+            if getattr(self, key) < 1:
+                yield key, f"{getattr(self, key)} is not positive; use 1 or more"
+        if self.huber_c <= 0:
+            yield "huber_c", f"{self.huber_c} is not positive; DCM uses 1e-3"
+        N, boundary = self.solver_steps, self.boundary_index
+        if not 2 <= N < 1000:
+            yield "solver_steps", f"{N} leaves [2, 999]; DCM uses 50"
+        elif not 0 < boundary < N:
+            yield "boundary_index", f"{boundary} is not between 0 and solver_steps = {N}; DCM uses 70 %, {7 * N // 10}"
+        elif 1 < self.phases < (least := N // len(self.points) + 1):
+            yield "phases", f"{self.phases} of the whole grid leave the {self.expert} expert one; use 1, or {least} on"
+        for key in ("semantic_timesteps", "detail_timesteps"):
+            steps = list(getattr(self, key))
+            if not steps or not all(0 < t <= 1000 for t in steps):
+                yield key, f"{steps} is empty or leaves (0, 1000]; give 1000 times the noise levels"
+            elif (descending := sorted(set(steps), reverse=True)) != steps:
+                yield key, f"{steps} does not descend; use {descending}"
+            elif key == "semantic_timesteps" and steps[0] != 1000:
+                yield key, f"{steps} starts at {steps[0]}; start at 1000, from pure noise"
+        if self.disc_layers == ():
+            yield "disc_layers", "is empty; leave it out for every second block"
+        yield from gan.layer_problems("disc_layers", self.disc_layers or ())
+        for field in fields(self) if self.expert == "semantic" else ():
+            if field.name in DETAIL_ONLY and getattr(self, field.name) != field.default:
+                yield field.name, "is the detail expert's; remove the key"
+
+
+class DCM(Method):
+    Config = Config
+    renoises = False
+
+    def __init__(self, config: Config, schedule: Schedule) -> None:
+        if not isinstance(schedule, FlowSchedule):
+            raise ValueError("method.name: 'dcm' is for flow models such as Wan; use another")
+        self.config, self.schedule, self.guidance = config, schedule, config.guidance
+        self.sigmas = solver_sigmas(config.solver_steps, schedule.flow_shift)
+        early, late = (student_times(t, False, 1.0) for t in (config.semantic_timesteps, config.detail_timesteps))
+        boundary = 1000 * float(self.sigmas[config.boundary_index])
+        place = f"the boundary, {boundary:.6g} at this flow_shift and boundary_index"
+        if 1000 * early[-1] <= boundary:
+            raise ValueError(f"method.semantic_timesteps: {1000 * early[-1]:.6g} is not above {place}; raise it")
+        if config.expert == "semantic":  # alone: the teacher goes on from the boundary
+            rest = schedule.solver_grid(config.solver_steps)[-config.boundary_index - 1 :]
+            self.times, self.grid = early, torch.cat([early, rest])
+            self.few_grid = self.grid
+        elif 1000 * late[0] > boundary:
+            raise ValueError(f"method.detail_timesteps: {1000 * late[0]:.6g} is above {place}; lower it")
+        else:
+            self.times = torch.cat([early, late])
+            self.grid = torch.cat([self.times, torch.zeros_like(late[:1])])
+
+    def phases(self, step: int) -> tuple[str, ...]:
+        return ("student", "disc") if self.config.adversarial else ("student",)
+
+    def make_heads(self, nets: Nets) -> gan.Heads:
+        return gan.make_heads(nets["teacher"], self.layers(nets), "method.disc_layers")
+
+    def layers(self, nets: Nets) -> tuple[int, ...]:
+        """The teacher's blocks that the discriminator judges by."""
+        return self.config.disc_layers or tuple(range(0, len(nets["teacher"].net.blocks), 2))
+
+    def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng, carry: Carry) -> Loss:
+        """`trains` keeps the discriminator's parameters out of the student's gradient."""
+        if phase == "disc":
+            return self.disc_loss(nets, batch, carry)
+        config = self.config
+        made, wanted, _ = pair = self.pair(nets, batch, rng)
+        loss = huber(made, wanted, config.huber_c)
+        metrics = {"huber": loss.detach()}
+        if config.temporal_weight:
+            loss = loss + config.temporal_weight * temporal(made, wanted, config.temporal_lag)
+        if config.adversarial:
+            hinge, features = self.fooling(nets, pair, batch, rng, carry)
+            loss = loss + config.adversarial_weight * (config.hinge_weight * hinge + config.feature_weight * features)
+            metrics |= {"hinge": hinge.detach(), "features": features.detach()}
+        return loss, metrics
+
+    def pair(self, nets: Nets, batch: Batch, rng: Rng) -> Pair:
+        """Where the student lands and where it should, both at sigma_prev_e.
+
+        i is uniform over the expert's points. The target network is never the teacher, which cannot jump.
+        """
+        if batch.x0 is None:
+            raise ValueError("method 'dcm' trains on latents; the data has prompts only")
+        points = self.config.points
+        i = points.start + rng.integers(len(points))
+        e = phase_end(i, self.config.solver_steps, self.config.phases, points.start)
+        sigma, sigma_prev, sigma_e = self.sigmas[i + 1], self.sigmas[i], self.sigmas[e]
+        x_t = add_noise(self.schedule, batch.x0, rng.normal(batch.latent_shape), sigma)
+        made = jump(x_t, nets["student"].raw(x_t, sigma, batch.cond), sigma, sigma_e)
+        with torch.no_grad():
+            x_prev = jump(x_t, self.teacher_v(nets["teacher"], x_t, sigma, batch), sigma, sigma_prev)
+            target = nets["target" if self.config.target == "ema" else "student"]
+            wanted = jump(x_prev, target.raw(x_prev, sigma_prev, batch.cond), sigma_prev, sigma_e)
+        return made, wanted, e
+
+    def teacher_v(self, teacher: Denoiser, x_t: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
+        """Guided by one batched call; without the other side when guidance is off."""
+        if self.guidance == 1:
+            return teacher.raw(x_t, sigma, batch.cond)
+        v_c, v_u = teacher.raw_pair(x_t, sigma, batch.cond, batch.uncond)
+        return guide(v_u, v_c, self.guidance)
+
+    def fooling(self, nets: Nets, pair: Pair, batch: Batch, rng: Rng, carry: Carry) -> tuple[Tensor, Tensor]:
+        """(hinge, feature matching) of the pair noised to sigma_prev_j, j ~ U{e .. last point}, one noise for both."""
+        *ends, e = pair
+        j = e + (rng.uniform() * (self.config.points.stop - e)).long()
+        sigma_e, sigma_a, n = self.sigmas[e], self.sigmas[j], rng.normal(batch.latent_shape)
+        fake, real = (noise_further(z, n, sigma_e, sigma_a) for z in ends)
+        # not the hidden states: those of a large model are gigabytes
+        carry["adversarial"] = fake.detach(), real, sigma_a
+        teacher, heads, layers = nets["teacher"], nets["disc"].net, self.layers(nets)
+        with torch.no_grad():
+            aim, _ = heads(teacher.features(real, sigma_a, batch.cond, layers)[1])
+        projected, logits = heads(teacher.features(fake, sigma_a, batch.cond, layers)[1])
+        return gan.hinge_g(logits), gan.feature_matching(projected, aim)
+
+    def disc_loss(self, nets: Nets, batch: Batch, carry: Carry) -> Loss:
+        """Hinge on the pair that the student's phase of this step made."""
+        fake, real, sigma_a = carry["adversarial"]
+        with torch.no_grad():
+            z, cond = torch.cat([fake, real]), batch.cond.cat(batch.cond)
+            _, maps = nets["teacher"].features(z, sigma_a.repeat(2), cond, self.layers(nets))
+        return gan.hinge_d(*gan.halves(nets["disc"].net(maps)[1])), {}
+
+    def sample(self, nets: Nets, noise: Tensor, cond: Cond, uncond: Cond, rng: Rng) -> Tensor:
+        """Euler without guidance, semantic expert first; each step goes to the next time of the joined list.
+
+        Without a detail expert the semantic one is scored alone: its last step goes to the boundary, and the guided
+        teacher takes the solver's small steps from there to 0.
+        """
+        if self.config.expert == "semantic":
+            early, late = nets["student"], guided(nets["teacher"], uncond, self.guidance)
+        else:
+            early, late = nets["semantic"], nets["student"]
+        handover = len(self.config.semantic_timesteps)
+        x = ode(early, self.schedule, noise, self.grid[: handover + 1], cond)
+        return ode(late, self.schedule, x, self.grid[handover:], cond)
+
+
+def solver_sigmas(steps: int, flow_shift: float) -> Tensor:
+    """Float64 [N + 1], ascending: entry j is sigma_prev_j, and entry j + 1 is sigma_j."""
+    u = torch.arange(steps + 1, dtype=torch.float64) / steps
+    u[0] = 1 / 1000
+    return shift(u, flow_shift)
+
+
+def phase_end(i: Tensor, steps: int, phases: int, offset: int) -> Tensor:
+    """e(i), int64 [B]: the largest floor(k N / phases) + offset that is not over i."""
+    starts = offset + torch.arange(phases) * steps // phases
+    return starts[torch.searchsorted(starts, i, right=True) - 1]
+
+
+def jump(x: Tensor, v: Tensor, sigma: Tensor, sigma_to: Tensor) -> Tensor:
+    """x + (sigma_to - sigma) v, one Euler step; sigmas float64 [B] on the host."""
+    return x + _scale(sigma_to - sigma, x) * v
+
+
+def noise_further(z: Tensor, n: Tensor, sigma_e: Tensor, sigma_a: Tensor) -> Tensor:
+    """((1 - sigma_a) z + (sigma_a - sigma_e) n) / (1 - sigma_e): z of sigma_e, at sigma_a where n is z's own noise."""
+    return _scale((1 - sigma_a) / (1 - sigma_e), z) * z + _scale((sigma_a - sigma_e) / (1 - sigma_e), z) * n
+
+
+def temporal(a: Tensor, b: Tensor, lag: int) -> Tensor:
+    """Mean square error of the differences of frames `lag` apart."""
+    if (frames := a.shape[2]) <= lag:
+        raise ValueError(f"method.temporal_lag: {lag} is not under the {frames} latent frames; use less, or weight 0")
+    error = a - b
+    return (error[:, :, lag:] - error[:, :, :-lag]).square().mean()
+
+
+def _scale(w: Tensor, x: Tensor) -> Tensor:
+    """[B] on the host -> [B, 1, ..] beside x."""
+    return per_sample(w.to(x.dtype).to(x.device, non_blocking=True), x)

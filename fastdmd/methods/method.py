@@ -1,0 +1,68 @@
+"""What an objective is. It owns mathematics only: no optimizer, device, checkpoint or `requires_grad`."""
+
+from collections.abc import Mapping, MutableMapping
+from typing import Any, ClassVar, Literal, Protocol
+
+from torch import Tensor, nn
+
+from fastdmd.denoiser import Batch, Cond, Denoiser
+from fastdmd.rng import Rng
+
+# "train" and "frozen" have weights of their own, "ema" follows the student, "heads" start at random
+Role = Literal["train", "frozen", "ema", "heads"]
+TRAINABLE = ("student", "critic", "disc")  # the roles that some method trains
+Nets = Mapping[str, Denoiser]
+Carry = MutableMapping[str, Any]  # what the phases of one step share
+Loss = tuple[Tensor, dict[str, Tensor]]  # and metrics
+
+
+class MethodConfig(Protocol):
+    """The table [method] of one objective."""
+
+    uses: ClassVar[tuple[str, ...]]  # config tables beside [method]
+
+    @property
+    def guidance_embedding(self) -> bool:
+        """Whether the student is told its guidance."""
+        ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def roles(self) -> Mapping[str, Role]: ...
+
+    @property
+    def needs_latents(self) -> bool:
+        """Whether it trains on clean latents, `batch.x0`."""
+        ...
+
+
+class Method(Protocol):
+    """One objective, made from its table, the noise schedule and the tables that it uses."""
+
+    times: Any  # Tensor float64 [n], the student's own times, descending; or None: it has no few-step sampler
+    guidance: float  # of the teacher that the student is made after; 1 is off
+    few_grid: Tensor | None = None  # float64 [steps + 1], of a teacher at the student's steps; None: solver_grid(n)
+    frames_per_block: int | None = None  # of a many-step causal model, which has no times
+    renoises: bool = True  # between its times, as diffusers' LCM scheduler does; else it takes Euler steps
+
+    def phases(self, step: int) -> tuple[str, ...]:
+        """What step `step` does, in order."""
+        ...
+
+    def trains(self, phase: str) -> tuple[str, ...]:
+        """The roles that a phase updates."""
+        return (phase,)
+
+    def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng, carry: Carry) -> Loss:
+        """(loss, metrics) of a micro-batch."""
+        ...
+
+    def sample(self, nets: Nets, noise: Tensor, cond: Cond, uncond: Cond, rng: Rng) -> Tensor:
+        """x0 [B, C, ..] by the student's few steps, when it has `times`."""
+        raise NotImplementedError
+
+    def make_heads(self, nets: Nets) -> nn.Module:
+        """The network of a role with "heads", with random weights."""
+        raise NotImplementedError

@@ -1,0 +1,31 @@
+"""Score identity distillation (SiD 2404.04057; guidance SiD-LSG 2406.01561; flow form Self-Forcing 2506.08009).
+
+Differs from DMD in one thing: z is not detached, and the gradient flows through the inputs of critic and teacher.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fastdmd.denoiser import Batch
+from fastdmd.methods.method import Carry, Loss, Nets
+from fastdmd.methods.score_distillation import ScoreConfig, ScoreDistillation
+from fastdmd.rng import Rng
+from fastdmd_kernels import sid_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ScoreConfig):
+    name: Literal["sid"]
+    alpha: float = 1.0  # 1.0 for flow models and SiD-LSG, 1.2 for EDM
+
+
+class SiD(ScoreDistillation):
+    Config = Config
+
+    def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng, carry: Carry) -> Loss:
+        """Student: eq. 23 with the normaliser of DMD. `trains` keeps both scores' parameters out of the gradient."""
+        if phase == "critic":
+            return self.critic_loss(nets, batch, rng, carry)
+        x0_g = self.last_frames(self.rollout(nets, batch, rng, carry, grad=True).x0_g)
+        z, F_fake, F_c, F_u, c = self.scores(nets, x0_g, carry["rollout"], batch, rng)
+        return sid_loss(x0_g, z, F_fake, F_c, F_u, c.a, c.b, self.config.guidance, self.config.alpha)

@@ -1,0 +1,121 @@
+"""The network families, by `model.family`: what the trainer asks of each, in one form."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdmd.denoiser import Cond
+from fastdmd.models import folder as wan_folder
+from fastdmd.models import frozen, frozen_sdxl, sdxl_folder
+from fastdmd.models.sdxl import SDXL
+from fastdmd.models.wan import Wan
+from fastdmd.models.wan_causal import CausalWan
+from fastdmd.schedule import FlowSchedule, VPSchedule
+from fastdmd_kernels.tiles import Grid
+
+GUIDANCE_EMBEDDING = 256  # width; LCM's
+Encoder = Callable[[Sequence[str]], Cond]  # on the host
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a role asks of its network beside the weights."""
+
+    tile: Grid | None = None  # of sparse attention
+    causal: bool = False  # a video block by block
+    guidance_embedding: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    component: str  # the network's folder in a diffusers folder
+    frozen: tuple[str, ...]  # the folders that prompts need beside it
+    encoder: Callable[[str, torch.device, torch.dtype], Encoder]  # of a folder's prompts
+    decode: Callable[[str, Tensor, torch.device, torch.dtype], Tensor]  # latents to uint8 [B, T, H, W, 3] on the host
+    told: tuple[str, ...]  # of an architecture, the widths of prompts' embeddings: of Cond.text, Cond.pooled
+    latent_axes: tuple[str, ...]  # of latents [B, C, ..], by the data's keys
+    read_config: Callable[[Path], Any]
+    make: Callable[[Any, Options], Any]  # random weights, on torch's current device
+    load: Callable[[Path, torch.device, Options], Any]
+    # (out, architecture, weights, the student's times or None, schedule, folder of the frozen parts)
+    export: Callable[[Path, Any, Mapping[str, Tensor], Sequence[float] | None, Any, Path | None], None]
+    lora_prefix: str  # of names in a file of adapters
+
+
+def _make_wan(config: Any, options: Options) -> Wan:
+    return (CausalWan if options.causal else Wan)(config, options.tile)
+
+
+def _load_wan(path: Path, device: torch.device, options: Options) -> Wan:
+    return wan_folder.load(path, device, options.tile, CausalWan if options.causal else Wan)
+
+
+def _told(config: Any, options: Options) -> int | None:
+    """The width of the guidance embedding."""
+    return (config.time_cond_proj_dim or GUIDANCE_EMBEDDING) if options.guidance_embedding else None
+
+
+def _make_sdxl(config: Any, options: Options) -> SDXL:
+    return SDXL(sdxl_folder.with_guidance(config, _told(config, options)))
+
+
+def _load_sdxl(path: Path, device: torch.device, options: Options) -> SDXL:
+    return sdxl_folder.load(path, device, _told(sdxl_folder.read_config(path), options))
+
+
+def _export_wan(
+    out: Path,
+    config: Any,
+    weights: Mapping[str, Tensor],
+    times: Sequence[float] | None,
+    schedule: FlowSchedule,
+    source: Path | None,
+) -> None:
+    wan_folder.export(out, config, weights, times, schedule.flow_shift, source)
+
+
+def _export_sdxl(
+    out: Path,
+    config: Any,
+    weights: Mapping[str, Tensor],
+    times: Sequence[float] | None,
+    schedule: VPSchedule,
+    source: Path | None,
+) -> None:
+    noise = sdxl_folder.read_noise(source) if source else sdxl_folder.Noise()
+    make = sdxl_folder.ddim_scheduler if times is None else sdxl_folder.lcm_scheduler
+    sdxl_folder.export(out, config, weights, make(noise), source)
+
+
+FAMILIES: Mapping[str, Family] = {
+    "wan2.1": Family(
+        component="transformer",
+        frozen=("text_encoder", "tokenizer", "vae"),
+        encoder=frozen.TextEncoder,
+        decode=frozen.decode,
+        told=("text_dim",),
+        latent_axes=("frames", "resolution", "resolution"),
+        read_config=wan_folder.read_config,
+        make=_make_wan,
+        load=_load_wan,
+        export=_export_wan,
+        lora_prefix="transformer.",
+    ),
+    "sdxl": Family(
+        component="unet",
+        frozen=("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae"),
+        encoder=frozen_sdxl.TextEncoder,
+        decode=frozen_sdxl.decode,
+        told=("text_dim", "pooled_dim"),
+        latent_axes=("resolution", "resolution"),
+        read_config=sdxl_folder.read_config,
+        make=_make_sdxl,
+        load=_load_sdxl,
+        export=_export_sdxl,
+        lora_prefix="",  # the names have "unet." already
+    ),
+}

@@ -1,0 +1,158 @@
+"""What a role's network is: an average, adapters that are all that learns, a student that goes block by block."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
+from tiny import make_config, write_toml
+from torch import Tensor
+
+from fastdmd import config as configs
+from fastdmd import evaluate, train
+from fastdmd.models.family import FAMILIES, Options
+from fastdmd.models.wan_causal import CausalWan
+from fastdmd.rng import Rng
+from fastdmd.train import Run
+
+
+def parameters(run: Run, role: str) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in run.nets[role].net.named_parameters()}
+
+
+def two_samples() -> Rng:
+    return Rng(0, 0, "data", range(2), "cpu")
+
+
+def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+@pytest.mark.parametrize("how", ["lcm", "sdxl_lcm", "sdxl_lcm_lora"])
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_a_target_is_the_student_s_average_after_every_step(tmp_path, how, compute):
+    run = train.build(make_config(tmp_path, how, f"precision.compute='{compute}'", "ema.start_step=0"))
+    start = parameters(run, "target")
+    assert changed(start, parameters(run, "student")) == set()
+    for _ in range(2):
+        train.take_step(run)
+        assert run.ema
+        target = parameters(run, "target")
+        assert changed({n: shadow.to(target[n]) for n, shadow in run.ema.shadow.items()}, target) == set()
+        assert not [p for p in run.nets["target"].net.parameters() if p.requires_grad or p.grad is not None]
+    assert changed(target, parameters(run, "student"))
+    assert changed(start, target)
+
+
+@pytest.mark.parametrize("how", ["lcm_lora", "sdxl_lcm_lora"])
+def test_adapters_are_all_that_learns_and_is_kept(tmp_path, how):
+    run = train.build(make_config(tmp_path, how))
+    before = parameters(run, "student")
+    train.take_step(run)
+    moved = changed(before, parameters(run, "student"))
+    adapters = {name for name in before if ".lora_A." in name or ".lora_B." in name}
+    assert moved
+    assert moved <= adapters
+    assert adapters == set(run.optimizers["student"].masters) == set(run.ema.shadow if run.ema else ())
+    grads = [name for name, p in run.nets["student"].net.named_parameters() if p.requires_grad]
+    assert set(grads) == adapters
+
+
+def test_modules_can_be_trained_whole_beside_adapters(tmp_path):
+    run = train.build(make_config(tmp_path, "lcm_lora", 'lora.modules=["proj_out"]'))
+    assert {"proj_out.weight", "proj_out.bias"} < set(run.optimizers["student"].masters)
+    before = parameters(run, "student")
+    train.take_step(run)
+    assert "proj_out.bias" in changed(before, parameters(run, "student"))
+
+
+@pytest.mark.parametrize("how", ["lcm_lora", "sdxl_lcm_lora"])
+def test_an_export_of_adapters_computes_what_the_student_does(tmp_path, how):
+    """Merged, and beside it the adapters by themselves."""
+    run = train.train(make_config(tmp_path, how, "validation.teacher_reference=false", "optim.student.lr=0.1"))
+    train.export_student(run.folder, tmp_path / "out")
+    family, batch = FAMILIES[run.config.model.family], run.world.batch(two_samples())
+    w = torch.full((2,), 2.0) if run.config.method.guidance_embedding else None
+    net = family.load(tmp_path / "out", run.device, run.config.role_options("student"))
+    x, t = torch.randn(2, *run.world.latent_shape), torch.tensor([999.0, 500.0])
+    cond = replace(batch.cond, guidance=w)
+    with torch.no_grad(), evaluate.validation_weights(run):
+        want = run.nets["student"].net(x, t, cond)
+        torch.testing.assert_close(net(x, t, cond), want, rtol=1e-4, atol=1e-4)
+        start = run.nets["teacher"].net(x, t, batch.cond)
+        assert float((want - start).abs().max()) > 1e-2
+    file = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    assert len(file) == len(run.optimizers["student"].masters)
+
+
+def test_an_sdxl_student_opens_in_diffusers(tmp_path):
+    run = train.train(make_config(tmp_path, "sdxl_lcm", "validation.teacher_reference=false"))
+    train.export_student(run.folder, tmp_path / "out")
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "out", subfolder="unet")
+    assert unet.config.time_cond_proj_dim == 256
+    assert StableDiffusionXLPipeline.load_config(tmp_path / "out")["scheduler"] == ["diffusers", "LCMScheduler"]
+
+
+def test_a_causal_student_is_trained_and_sampled_block_by_block(tmp_path, monkeypatch):
+    run = train.build(make_config(tmp_path, "causal_sid"))
+    kinds = {role: isinstance(net.net, CausalWan) for role, net in run.nets.items()}
+    assert kinds == {"student": True, "teacher": False, "critic": False}
+    videos = []
+    real = CausalWan.start_video
+    monkeypatch.setattr(CausalWan, "start_video", lambda net, shape: videos.append(tuple(shape)) or real(net, shape))
+    train.take_step(run)
+    assert videos == [(2, 3, 4, 8, 8)]
+    evaluate.sample(run, "student", run.world.prompts[:2], 0)
+    assert len(videos) == 2
+
+
+def test_causal_samples_are_those_of_the_cached_walk(tmp_path):
+    """A later block does not change an earlier one, which a bidirectional sampler would."""
+    run = train.build(make_config(tmp_path, "causal_sid"))
+    cond = run.world.cond(run.world.prompts[:2])
+    noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    other = noise.clone()
+    other[:, :, 2:] += 1.0
+    with torch.no_grad():
+        first, second = (run.method.sample(run.nets, x, cond, cond, two_samples()) for x in (noise, other))
+    assert torch.equal(first[:, :, :2], second[:, :, :2])
+    assert not torch.equal(first[:, :, 2:], second[:, :, 2:])
+
+
+@pytest.mark.parametrize(
+    ("how", "student"),
+    [
+        ("lcm", Options()),
+        ("causal_sid", Options(causal=True)),
+        ("sdxl_lcm", Options(guidance_embedding=True)),
+    ],
+)
+def test_options_by_role(tmp_path, how, student):
+    config = configs.load(write_toml(tmp_path, how))
+    assert config.role_options("student") == config.role_options("target") == student
+    assert config.role_options("teacher") == config.role_options("critic") == Options()
+
+
+def test_add_lora_refuses_a_name_that_is_none(tmp_path):
+    config = make_config(tmp_path, "lcm_lora", 'lora.targets=["to_qq"]')
+    with pytest.raises(ValueError, match=r"lora\.targets: no layer is called to_qq"):
+        train.build(config)
+
+
+RECOMPUTED = {"dmd": {"student", "critic"}, "causal_sid": {"student", "teacher", "critic"}}
+
+
+@pytest.mark.parametrize("how", RECOMPUTED)
+def test_checkpointing_recomputes_and_changes_nothing(tmp_path, how):
+    """In frozen networks too, through which SiD's gradient passes."""
+    read, calls = {}, {"none": Counter(), "full": Counter()}
+    for memory, count in calls.items():
+        run = train.build(make_config(tmp_path / memory, how, f"memory.checkpointing='{memory}'"))
+        for role, net in run.nets.items():
+            # before: a recomputation ends as soon as it has what the backward wants
+            net.net.blocks[0].register_forward_pre_hook(lambda *_, role=role, count=count: count.update([role]))
+        read[memory] = train.take_step(run)
+    assert read["none"] == pytest.approx(read["full"], rel=1e-4)
+    assert set(calls["full"] - calls["none"]) == RECOMPUTED[how]
