@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from test_sdxl import TINY, TOLD, inputs, randomized, stock
 
-from fastdmd.data import Config, make_world
+from fastdmd.data import Config, ImageShapesWorld
 from fastdmd.denoiser import Cond, Denoiser
 from fastdmd.models import sdxl_folder
 from fastdmd.models.sdxl import SDXL
@@ -265,7 +265,7 @@ def test_the_shipped_teacher_opens_in_diffusers():
 
 
 def test_the_shipped_teacher_needs_its_many_steps():
-    world = make_world(Config(sources=("shapes",), resolution=(12, 12)), None, torch.device("cpu"), torch.float32)
+    world = ImageShapesWorld(Config(sources=("shapes",), resolution=(12, 12)), torch.device("cpu"))
     schedule, prompts = sdxl_folder.read_noise(TEACHER).schedule(), [*world.prompts] * 4
     teacher, cond = Denoiser(sdxl_folder.load(TEACHER), schedule), world.cond(prompts)
     noise = Rng(7, 0, "sample", range(len(prompts)), "cpu").normal(world.latent_shape)
