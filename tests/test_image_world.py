@@ -4,7 +4,9 @@ B batch, C channel, H W space.
 """
 
 import math
+from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from fastdmd import shapes
 from fastdmd.data import Config, ImageShapesWorld, ShapesWorld, make_world
 from fastdmd.denoiser import Cond
+from fastdmd.models.family import FAMILIES
 from fastdmd.models.sdxl_folder import Noise
 from fastdmd.rng import Rng
 from fastdmd.sampler import ode
@@ -22,7 +25,15 @@ from fastdmd.shapes import COLOURS, IMAGE_CAPTIONS, SHAPES, SPECKLE
 H, W = SIZE = 12, 12
 CPU = torch.device("cpu")
 CONFIG = Config(sources=("shapes",), resolution=SIZE)
-WORLD = make_world(CONFIG, None, CPU, torch.float32)
+
+
+def images(**values: Any) -> ImageShapesWorld:
+    world = make_world(replace(CONFIG, **values), FAMILIES["sdxl"], None, CPU, torch.float32)
+    assert isinstance(world, ImageShapesWorld)
+    return world
+
+
+WORLD = images()
 VP = Noise().schedule()
 KINDS = [(shape, colour) for shape in SHAPES for colour in COLOURS]
 
@@ -30,8 +41,7 @@ KINDS = [(shape, colour) for shape in SHAPES for colour in COLOURS]
 @cache
 def real(count: int = 96, seed: int = 0, size: tuple[int, int] = SIZE) -> tuple[Tensor, Tensor]:
     """Images [B, 3, H, W] of the world and their captions [B]."""
-    world = ImageShapesWorld(Config(sources=("shapes",), resolution=size), CPU)
-    batch = world.batch(Rng(seed, 0, "data", range(count), "cpu"))
+    batch = images(resolution=size).batch(Rng(seed, 0, "data", range(count), "cpu"))
     assert batch.x0 is not None
     return batch.x0, shapes.caption_index(batch.cond.text, 1)
 
@@ -59,9 +69,10 @@ def share_right(image: Tensor, caption: Tensor) -> float:
 
 
 def test_without_frames_the_world_is_images():
-    assert isinstance(WORLD, ImageShapesWorld)
     assert WORLD.latent_shape == (3, H, W)
-    videos = make_world(Config(sources=("shapes",), resolution=SIZE, frames=4), None, CPU, torch.float32)
+    videos = make_world(
+        Config(sources=("shapes",), resolution=SIZE, frames=4), FAMILIES["wan2.1"], None, CPU, torch.float32
+    )
     assert type(videos) is ShapesWorld
     assert videos.latent_shape == (3, 4, H, W)
     assert videos.cond(videos.prompts[:1]).pooled is None
@@ -117,13 +128,13 @@ def test_batches_are_told_as_sdxl_is():
 
 
 def test_time_ids_are_height_then_width():
-    world = make_world(Config(sources=("shapes",), resolution=(8, 14)), None, CPU, torch.float32)
+    world = images(resolution=(8, 14))
     assert world.cond(["a red ring"]).time_ids.tolist() == [[8, 14, 0, 0, 8, 14]]
     assert world.batch(Rng(0, 0, "data", range(2), "cpu")).x0.shape == (2, 3, 8, 14)
 
 
 def test_a_dropped_caption_is_zeros():
-    world = make_world(Config(sources=("shapes",), resolution=SIZE, caption_dropout=0.5), None, CPU, torch.float32)
+    world = images(caption_dropout=0.5)
     cond = world.batch(Rng(0, 0, "data", range(64), "cpu")).cond
     dropped = ~cond.text.flatten(1).any(1)
     assert 16 < dropped.sum() < 48
@@ -149,7 +160,6 @@ def test_pixels_and_scores():
     [
         ({"frames": 1}, "frames", "or remove the key for images"),
         ({"resolution": (12, 13)}, "resolution", "multiples of 2 from 8 on"),
-        ({"sources": (__file__,)}, "frames", "prompt files make videos only; write frames = 81"),
     ],
 )
 def test_data_that_is_none(values, key, message):

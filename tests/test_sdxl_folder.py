@@ -10,10 +10,12 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from test_sdxl import TINY, TOLD, inputs, randomized, stock
 
+from fastdmd.data import Config, ImageShapesWorld
 from fastdmd.denoiser import Cond, Denoiser
 from fastdmd.models import sdxl_folder
 from fastdmd.models.sdxl import SDXL
 from fastdmd.models.sdxl_folder import Noise
+from fastdmd.rng import Rng
 from fastdmd.sampler import guided, ode
 from fastdmd.schedule import VPSchedule
 
@@ -250,3 +252,25 @@ def test_export_copies_what_the_source_has(tmp_path):
     assert index["force_zeros_for_empty_prompt"] is True
     assert sorted(path.name for path in out.iterdir()) == ["model_index.json", "scheduler", "unet", "vae"]
     assert AutoencoderKL.from_pretrained(out / "vae").config.latent_channels == 3
+
+
+# --------------------------------------------------------------------------- the shipped one
+
+
+def test_the_shipped_teacher_opens_in_diffusers():
+    pipe, net = opened(TEACHER), sdxl_folder.load(TEACHER)
+    assert same(pipe.unet.state_dict(), net.unet.state_dict())
+    assert sdxl_folder.read_noise(TEACHER) == Noise()
+    assert sum(file.stat().st_size for file in TEACHER.rglob("*.safetensors")) < 3e6
+
+
+def test_the_shipped_teacher_needs_its_many_steps():
+    world = ImageShapesWorld(Config(sources=("shapes",), resolution=(12, 12)), torch.device("cpu"))
+    schedule, prompts = sdxl_folder.read_noise(TEACHER).schedule(), [*world.prompts] * 4
+    teacher, cond = Denoiser(sdxl_folder.load(TEACHER), schedule), world.cond(prompts)
+    noise = Rng(7, 0, "sample", range(len(prompts)), "cpu").normal(world.latent_shape)
+    with torch.no_grad():
+        samples = {n: ode(teacher, schedule, noise, schedule.solver_grid(n), cond) for n in (50, 4)}
+    scores = {n: world.scores(x0, prompts, 0)["oracle"] for n, x0 in samples.items()}
+    assert scores[50] >= 0.85
+    assert scores[4] == 0

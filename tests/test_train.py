@@ -29,6 +29,7 @@ RUNS = {
     "with validation": ("dmd", "validation.every=2"),
     "EMA of every other update of the student": ("dmd", "ema.every=2"),
     "causal sid": ("causal_sid",),
+    "causal flow": ("causal_flow",),
     "lcm with an average as its target": ("lcm",),
     "adapters": ("lcm_lora",),
     "sdxl told its guidance": ("sdxl_lcm",),

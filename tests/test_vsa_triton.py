@@ -37,6 +37,11 @@ def poison(monkeypatch):
     monkeypatch.setattr(torch, "empty_like", lambda x: poisoned(x.shape, dtype=x.dtype, device=x.device))
 
 
+def lend_16_bits(op: str, target: str, dtype: str, K: int):
+    constexprs, options = config(op, target, "fp16", K)
+    return constexprs | ({"EXACT": True} if "EXACT" in constexprs else {}), options
+
+
 @pytest.fixture(params=["descriptors", "pointers"])
 def path(request, monkeypatch):
     """Float32 has its own configuration, pointers and 16 rows a program: "descriptors" lends it that of 16 bits."""
@@ -44,7 +49,7 @@ def path(request, monkeypatch):
         if request.param == "pointers":
             monkeypatch.setattr(module, "can_describe", lambda x: False)
         elif DEVICE == "cpu":
-            monkeypatch.setattr(module, "config", lambda op, target, dtype, K: config(op, target, "fp16", K))
+            monkeypatch.setattr(module, "config", lend_16_bits)
 
 
 def tiles_of(grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
@@ -88,15 +93,11 @@ def allowed(index: Tensor, tiles_q, tiles_k) -> Tensor:
 
 
 def dense(q, k, v, dout, mask, dtype) -> list[Tensor]:
-    """[out, dq, dk, dv] of masked attention in `dtype`, rows without keys zero.
-
-    Probabilities are exp(s - lse), as in every attention that saves one number a row for its backward: lse is rounded
-    at the size of the scores, so at input scale 4 dv is 2.5 times as far off as with a softmax.
-    """
+    """[out, dq, dk, dv] of masked attention in `dtype`, rows without keys zero."""
     q, k, v = (x.detach().to(dtype).requires_grad_() for x in (q, k, v))
     s = torch.einsum("blnk,bmnk->bnlm", q, k) * q.shape[-1] ** -0.5
     s = s.masked_fill(~mask, -1e4)
-    p = (s - s.logsumexp(-1, keepdim=True)).exp()
+    p = s.softmax(-1)
     out = torch.einsum("bnlm,bmnk->blnk", p.masked_fill(~mask, 0), v)
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout.to(dtype))]
 

@@ -124,6 +124,9 @@ TEXTS = {
     "dmd": DMD,
     "causal_sid": CAUSAL_SID,
     "dcm": DCM,
+    "causal_flow": FLOW.replace('name = "flow"', 'name = "flow"\nframes_per_block = 2').replace(
+        "frames = 3", "frames = 4"
+    ),
     "lcm": LCM,
     "lcm_lora": LCM.replace("guidance = 2.0", 'guidance = 2.0\ntarget = "student"') + LORA,
     "sdxl_lcm": SDXL_LCM,

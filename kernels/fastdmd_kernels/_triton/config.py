@@ -57,14 +57,15 @@ def config(op: str, target: str, dtype: str, head_dim: int) -> tuple[dict[str, A
         return {}, options | {"num_warps": 16 if op == "vsa_select" else 4, "num_stages": 2}
     if target.startswith("gfx"):
         options["matrix_instr_nonkdim"] = 16
+    exact = {} if op == "vsa_fwd" else {"EXACT": dtype == "fp32"}
     if dtype == "fp32":
         # 16 rows a program: with 64, sm_90 spills 424 bytes forward and 21,904 backward
         warps = _FLOAT32_SM_120.get((op, max(head_dim, 64)), 4) if target == "sm_120" else 4
         options |= {"num_warps": warps, "num_stages": 1}
-        return {"ROWS": 16, "USE_DESC": False, "PRECISION": "ieee"}, options
+        return {"ROWS": 16, "USE_DESC": False, "PRECISION": "ieee", **exact}, options
     warps, stages = _ATTENTION[target, max(head_dim, 64)][_KERNELS.index(op)]
     options |= {"num_warps": warps, "num_stages": stages}
-    return {"ROWS": 64, "USE_DESC": target in ("sm_90", "sm_100"), "PRECISION": "ieee"}, options
+    return {"ROWS": 64, "USE_DESC": target in ("sm_90", "sm_100"), "PRECISION": "ieee", **exact}, options
 
 
 def uses_tensor_cores(target: str, dtype: str) -> bool:

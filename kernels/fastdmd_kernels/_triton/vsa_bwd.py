@@ -42,6 +42,7 @@ def _vsa_bwd_dq(
     out_ptr,
     lse_ptr,
     delta_ptr,
+    share_ptr,
     dq_ptr,
     lists_ptr,
     row_start_ptr,
@@ -67,6 +68,7 @@ def _vsa_bwd_dq(
     K: tl.constexpr,
     USE_DESC: tl.constexpr,
     PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     h, b = tl.program_id(1), tl.program_id(2)
     nq, N = tl.num_programs(0) // (BLOCK // ROWS), tl.num_programs(1)
@@ -89,6 +91,7 @@ def _vsa_bwd_dq(
     b_q = load_tile(q, s_qb, s_ql, s_qn, b, h, row, Lq, ROWS, K, USE_DESC)
     lse = tl.load(lse_ptr + o_list * BLOCK + part + o_m)
     b_dq = tl.zeros([ROWS, K], tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
     list_ptr = lists_ptr + o_list * topk
     entry = tl.load(list_ptr)
     for j in tl.range(0, topk):
@@ -100,8 +103,16 @@ def _vsa_bwd_dq(
         s = tl.dot(b_q, b_k.T, acc=tl.broadcast_to(bias, [ROWS, BLOCK]), input_precision=PRECISION)
         dp = tl.dot(b_do, b_v.T, input_precision=PRECISION)
         p = tl.math.exp2(s * (scale * 1.4426950408889634) - lse[:, None])
+        if EXACT:
+            total += tl.sum(p, 1)
         ds = p * (dp - delta[:, None])
         b_dq = tl.dot(ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+    if EXACT:
+        # Rows sum to 1 but for the rounding of lse, which is that of the scores: at input scale 4 it is most of the
+        # error of dv. 16 bits round p itself by far more.
+        share = tl.where(total > 0, 1 / tl.maximum(total, 1e-30), 0.0)
+        tl.store(share_ptr + o_list * BLOCK + part + o_m, share)
+        b_dq = b_dq * share[:, None]
     store_tile(dq_ptr, b_dq * scale, b, h, row, n_valid, Lq, N, ROWS, K)
 
 
@@ -113,6 +124,7 @@ def _vsa_bwd_dkdv(
     v,
     lse,  # descriptors or pointers, as the four above
     delta,
+    share_ptr,
     dk_ptr,
     dv_ptr,
     order_ptr,
@@ -143,6 +155,7 @@ def _vsa_bwd_dkdv(
     K: tl.constexpr,
     USE_DESC: tl.constexpr,
     PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     h, b = tl.program_id(1), tl.program_id(2)
     nk, N = tl.num_programs(0) // (BLOCK // ROWS), tl.num_programs(1)
@@ -169,6 +182,8 @@ def _vsa_bwd_dkdv(
         b_do = load_tile(do, s_ob, s_ol, s_on, b, h, row_q, Lq, BLOCK, K, USE_DESC)
         b_lse = load_stat(lse, o_head * nq + tile_q, BLOCK, USE_DESC)
         b_delta = load_stat(delta, o_head * nq + tile_q, BLOCK, USE_DESC)
+        if EXACT:
+            b_share = load_stat(share_ptr, o_head * nq + tile_q, BLOCK, False)
         # both one iteration ahead; a row looked up by its tile here ends the pipelining (sm_90: 64 KB, one buffer)
         tile_q = tl.load(list_ptr + tl.minimum(j + 1, last))
         row_q = tl.load(list_row_ptr + tl.minimum(j + 1, last))
@@ -176,6 +191,8 @@ def _vsa_bwd_dkdv(
         # of products, dp after dv, spills least.
         s = tl.dot(b_k, b_q.T, input_precision=PRECISION)
         p = tl.math.exp2(s * (scale * 1.4426950408889634) - b_lse[None, :])
+        if EXACT:
+            p = p * b_share[None, :]
         b_dv = tl.dot(p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
         dp = tl.dot(b_v, b_do.T, input_precision=PRECISION)
         ds = p * (dp - b_delta[None, :])
@@ -218,12 +235,14 @@ def fine_bwd(
         target = POINTERS
     strides = [s for x in (dout, q, k, v) for s in x.stride()[:3]]
     constexprs, options = config("vsa_bwd_dq", target, NAMES[q.dtype], K)
+    share = torch.empty_like(lse) if constexprs["EXACT"] else delta  # or unused
     tokens = [describe(x) if constexprs["USE_DESC"] else x for x in (dout, q, k, v)]
     _vsa_bwd_dq[(nq * BLOCK // constexprs["ROWS"], N, B)](
         *tokens,
         out,
         lse,
         delta,
+        share,
         dq,
         lists,
         row_start_q,
@@ -247,6 +266,7 @@ def fine_bwd(
     _vsa_bwd_dkdv[(nk * BLOCK // constexprs["ROWS"], N, B)](
         *tokens,
         *stats,
+        share,
         dk,
         dv,
         order,
@@ -285,7 +305,7 @@ def specs(target: str) -> Iterator[Spec]:
                 constexprs, options = config(op, target, dtype, K)
                 desc = constexprs["USE_DESC"]
                 types = dict.fromkeys(pointers, "*i32") | dict.fromkeys(("Lq", "Lk", "nq", "topk", "capacity"), "i32")
-                types |= dict.fromkeys(("lse_ptr", "delta_ptr"), "*fp32") | {"scale": "fp32"}
+                types |= dict.fromkeys(("lse_ptr", "delta_ptr", "share_ptr"), "*fp32") | {"scale": "fp32"}
                 types |= dict.fromkeys(("out_ptr", "dq_ptr", "dk_ptr", "dv_ptr"), f"*{dtype}")
                 types |= {name: token_type(dtype, K, desc) for name in ("do", "q", "k", "v")}
                 types |= dict.fromkeys(("lse", "delta"), f"tensordesc<fp32[1,{BLOCK}]>" if desc else "*fp32")
