@@ -38,8 +38,8 @@ def rows(lines: list[Line]) -> list[tuple[str, ...]]:
                 rate(ours),
                 share(ours),
                 f"{peer['variant']} {duration(peer['p50'])}" if peer else "",
-                f"{peer['p50'] / ours['p50']:.2f}" if peer else "",
-                f"{dense['p50'] / ours['p50']:.2f}" if dense else "",
+                f"{peer['p50'] / ours['p50']:.3g}" if peer else "",
+                f"{dense['p50'] / ours['p50']:.3g}" if dense else "",
             )
         )
     return table

@@ -26,6 +26,6 @@ def test_every_reference_is_at_its_line():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_key_of_a_method_is_named(name):
-    keys = {field.name for field in fields(METHODS[name].Config)} - {"name", "timestep_distribution"}
+    keys = {field.name for field in fields(METHODS[name].Config)} - {"name"}
     assert [key for key in keys if f"`{key}`" not in README] == []
     assert f"## {name}" in README

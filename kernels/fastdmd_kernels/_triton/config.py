@@ -24,7 +24,12 @@ _ATTENTION = {
     ("gfx950", 128): ((4, 2), (4, 2), (4, 1)),  # 220 32, 326 32, 296 16; dk and dv in two stages: 402
 }
 # warps in float32, where the usual 4 spill
-_FLOAT32_SM_120 = {("vsa_fwd", 128): 16, ("vsa_bwd_dq", 128): 8, ("vsa_bwd_dkdv", 64): 16}
+_FLOAT32 = {
+    ("sm_100", "vsa_bwd_dq", 128): 8,
+    ("sm_120", "vsa_fwd", 128): 16,
+    ("sm_120", "vsa_bwd_dq", 128): 8,
+    ("sm_120", "vsa_bwd_dkdv", 64): 16,
+}
 _KERNELS = ("vsa_fwd", "vsa_bwd_dq", "vsa_bwd_dkdv")
 
 
@@ -60,8 +65,7 @@ def config(op: str, target: str, dtype: str, head_dim: int) -> tuple[dict[str, A
     exact = {} if op == "vsa_fwd" else {"EXACT": dtype == "fp32"}
     if dtype == "fp32":
         # 16 rows a program: with 64, sm_90 spills 424 bytes forward and 21,904 backward
-        warps = _FLOAT32_SM_120.get((op, max(head_dim, 64)), 4) if target == "sm_120" else 4
-        options |= {"num_warps": warps, "num_stages": 1}
+        options |= {"num_warps": _FLOAT32.get((target, op, max(head_dim, 64)), 4), "num_stages": 1}
         return {"ROWS": 16, "USE_DESC": False, "PRECISION": "ieee", **exact}, options
     warps, stages = _ATTENTION[target, max(head_dim, 64)][_KERNELS.index(op)]
     options |= {"num_warps": warps, "num_stages": stages}
