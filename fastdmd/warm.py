@@ -30,7 +30,7 @@ class MetaRng(Rng):
 
 
 def nets_on_meta(config: Config, method: Method, depth: int | None = None) -> dict[str, Denoiser]:
-    """Every role's network as a run makes it, without values; of Wan's equal blocks the first `depth`, absent: all."""
+    """Every role's network as a run makes it, without values; `depth` of equal blocks in a row, absent: all."""
     schedule, nets = config.make_schedule(), {}
     for role, how in config.method.roles.items():
         lora = config.role_lora(role)
@@ -39,8 +39,8 @@ def nets_on_meta(config: Config, method: Method, depth: int | None = None) -> di
                 net = method.make_heads(nets)
             else:
                 architecture = read_architecture(config, role)
-                if depth is not None and isinstance(architecture, WanConfig):
-                    architecture = replace(architecture, num_layers=depth)
+                if depth is not None:
+                    architecture = shallow(architecture, depth)
                 net = config.family.make(architecture, config.role_options(role))
                 if lora:
                     add_lora(net, lora.rank, lora.alpha, lora.targets, config.run.seed)
@@ -58,13 +58,23 @@ def read_architecture(config: Config, role: str) -> Any:
     return config.family.read_config(Path(path))
 
 
-def step_on_meta(config: Config, sparsity: float, depth: int | None = 1) -> dict[str, Denoiser]:
-    """Every phase of a step, forward and backward, with `depth` of Wan's equal blocks; with all for heads.
+def shallow(architecture: Any, depth: int) -> Any:
+    """With at most `depth` of the blocks that are alike: Wan's, or an SDXL's transformer blocks of one level."""
+    if isinstance(architecture, WanConfig):
+        return replace(architecture, num_layers=min(depth, architecture.num_layers))
+    levels = tuple(min(depth, n) for n in architecture.transformer_layers_per_block)
+    return replace(architecture, transformer_layers_per_block=levels)
+
+
+def step_on_meta(config: Config, sparsity: float, depth: int | None = None) -> dict[str, Denoiser]:
+    """Every phase of a step, forward and backward, with `depth` blocks; absent: with one, or with all for heads.
 
     -> the networks, with gradients.
     """
     method = config.make_method()
-    nets = nets_on_meta(config, method, None if "heads" in config.method.roles.values() else depth)
+    if depth is None and "heads" not in config.method.roles.values():
+        depth = 1
+    nets = nets_on_meta(config, method, depth)
     for role, denoiser in nets.items():
         if config.role_options(role).tile:
             denoiser.net.sparsity = sparsity

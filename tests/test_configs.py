@@ -119,20 +119,27 @@ def test_the_architectures_have_the_published_numbers(name):
 
 
 @pytest.mark.parametrize(("path", "extra"), RUNS)
-def test_its_networks_and_a_step(path, extra):
-    """At full depth the parameters are counted; the step is made with one block where heads do not need all."""
+def test_its_networks_are_the_published_ones(path, extra):
     config = configs.load(path, extra)
-    roles = config.method.roles
-    whole = config.model.family == "sdxl" or "heads" in roles.values()
-    sparsity = config.vsa.sparsity if config.vsa else 0.0
-    stepped = step_on_meta(config, sparsity)
-    for role, denoiser in (stepped if whole else nets_on_meta(config, config.make_method())).items():
-        if roles[role] != "heads":
-            source = config.role_path(role)
-            expected = published(Path(source)) if source else count(denoiser.net)
-            assert count(denoiser.net) == expected + added(config, role, denoiser.net), role
-            assert denoiser.net.checkpointing == (config.memory.checkpointing == "full")
-    for role, denoiser in stepped.items():
+    nets = nets_on_meta(config, config.make_method())
+    assert set(nets) == set(config.method.roles)
+    for role, denoiser in nets.items():
+        if config.method.roles[role] == "heads":
+            continue
+        source, net = config.role_path(role), denoiser.net
+        if source:
+            assert count(net) == published(Path(source)) + added(config, role, net), role
+        assert net.checkpointing == (config.memory.checkpointing == "full")
+        assert {p.dtype for p in net.parameters()} <= {config.precision.dtype, torch.float32}
+
+
+@pytest.mark.parametrize(("path", "extra"), RUNS)
+def test_a_step_trains_what_it_should(path, extra):
+    """Forward and backward of every phase; DCM's heads are every second block, so two blocks have one."""
+    config = configs.load(path, extra)
+    depth = 2 if config.method.name == "dcm" else None
+    nets = step_on_meta(config, config.vsa.sparsity if config.vsa else 0.0, depth)
+    for role, denoiser in nets.items():
         learns = set(denoiser.trainable) if role in TRAINABLE else set()
         assert {name for name, p in denoiser.net.named_parameters() if p.grad is not None} == learns, role
         assert learns or role not in TRAINABLE
