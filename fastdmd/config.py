@@ -258,6 +258,13 @@ def _check_family(config: Config) -> Problems:
         if config.method.guidance_embedding:
             yield "method.guidance_embedding", "Wan has no guidance embedding; remove the key"
         return
+    if config.model.path and (Path(config.model.path) / config.family.component).is_dir():
+        try:
+            sdxl_folder.make_schedule(Path(config.model.path))
+        except ValueError as e:
+            yield "model.path", str(e)
+    if config.rollout and config.rollout.grad_frames is not None:
+        yield "rollout.grad_frames", "SDXL makes images, of one frame; remove the key"
     if config.schedule is not None:
         yield "schedule", "SDXL's noise is in its folder's scheduler/; remove the table"
     if config.data.frames is not None:

@@ -30,14 +30,13 @@ def validation_weights(run: "Run") -> Iterator[None]:
     if run.ema is None or run.config.validation.weights == "student":
         yield
         return
-    net = run.nets["student"].net
-    parameters = dict(net.named_parameters())
-    kept = {name: p.detach().clone() for name, p in parameters.items()}
+    student = run.nets["student"]
+    kept = {name: p.detach().clone() for name, p in student.trainable.items()}
     try:
-        run.ema.copy_to(net)
+        run.ema.copy_to(student.net)
         yield
     finally:
-        for name, p in parameters.items():
+        for name, p in student.trainable.items():
             p.data.copy_(kept[name])
 
 

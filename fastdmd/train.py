@@ -276,19 +276,16 @@ def export_student(path: Path, out: Path) -> None:
     """
     run = reopen(path)
     config, times, net = run.config, run.method.times if run.method.renoises else None, run.nets["student"].net
+    averaged = run.ema if config.validation.weights == "ema" else None
+    learned = averaged.shadow if averaged else run.optimizers["student"].masters
     with validation_weights(run):
-        weights = merged(net) if config.lora else {name: p.detach().clone() for name, p in net.named_parameters()}
-        adapters = {name: p.detach().clone() for name, p in lora_parameters(net).items()}
-    if config.lora is None:
-        weights |= (
-            run.ema.shadow if run.ema and config.validation.weights == "ema" else run.optimizers["student"].masters
-        )
+        weights = merged(net) if config.lora else learned
     source = Path(config.model.path) if config.model.path else None
     steps = None if times is None else times.tolist()
     config.family.export(out, net.config, weights, steps, run.schedule, source)
     if config.lora and not config.lora.modules:
         file = out / "pytorch_lora_weights.safetensors"
-        export_lora(file, adapters, config.lora.rank, config.lora.alpha, config.family.lora_prefix)
+        export_lora(file, learned, config.lora.rank, config.lora.alpha, config.family.lora_prefix)
 
 
 @contextmanager

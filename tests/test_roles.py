@@ -1,5 +1,6 @@
 """What a role's network is: an average, adapters that are all that learns, a student that goes block by block."""
 
+import shutil
 from collections import Counter
 from dataclasses import replace
 
@@ -156,3 +157,13 @@ def test_checkpointing_recomputes_and_changes_nothing(tmp_path, how):
         read[memory] = train.take_step(run)
     assert read["none"] == pytest.approx(read["full"], rel=1e-4)
     assert set(calls["full"] - calls["none"]) == RECOMPUTED[how]
+
+
+def test_sdxl_has_noise_in_its_folder_and_no_frames(tmp_path):
+    path = write_toml(tmp_path, "sdxl_dmd")
+    with pytest.raises(configs.ConfigError, match=r"rollout\.grad_frames: SDXL makes images"):
+        configs.load(path, ["rollout.grad_frames=1"])
+    assert configs.load(path).make_schedule().flow_shift == 1
+    shutil.rmtree(tmp_path / "sdxl" / "scheduler")
+    with pytest.raises(configs.ConfigError, match=r"model\.path: .* has no scheduler/scheduler_config\.json"):
+        configs.load(path)

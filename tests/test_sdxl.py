@@ -6,24 +6,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from tiny import UNET
 from torch import Tensor, nn
 
 from fastdmd.denoiser import Cond
 from fastdmd.models.sdxl import SDXL, SDXLConfig, guidance_embedding
 
-TINY = SDXLConfig(
-    block_out_channels=(8, 16),
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-    transformer_layers_per_block=(1, 2),
-    attention_head_dim=(1, 2),
-    layers_per_block=1,
-    norm_num_groups=4,
-    cross_attention_dim=12,
-    addition_time_embed_dim=4,
-    projection_class_embeddings_input_dim=10 + 6 * 4,
-    in_channels=3,
-    out_channels=3,
-    sample_size=8,
+TINY = replace(
+    UNET, transformer_layers_per_block=(1, 2), cross_attention_dim=12, projection_class_embeddings_input_dim=10 + 6 * 4
 )
 TOLD = replace(TINY, time_cond_proj_dim=14)  # with a guidance embedding
 

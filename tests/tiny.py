@@ -27,6 +27,21 @@ ARCHITECTURE = WanConfig(
     text_dim=32,
     freq_dim=16,
 )
+
+
+def of_images(text: str) -> str:
+    """A configuration of Wan as one of SDXL."""
+    for old, new in (
+        ("wan2.1", "sdxl"),
+        ("/wan", "/sdxl"),
+        ("frames = 3\n", ""),
+        ("[schedule]\nflow_shift = 3.0\n", ""),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    return text
+
+
 FLOW = """
 [run]
 output_dir = "{here}/run"
@@ -112,13 +127,8 @@ rank = 2
 alpha = 4.0
 targets = ["to_q", "to_v"]
 """
-SDXL_LCM = (
-    LCM.replace("wan2.1", "sdxl")
-    .replace("/wan", "/sdxl")
-    .replace("frames = 3\n", "")
-    .replace("[schedule]\nflow_shift = 3.0\n", "")
-    .replace("guidance = 2.0", "guidance = 2.0\nguidance_embedding = true")
-)
+SDXL_LCM = of_images(LCM).replace("guidance = 2.0", "guidance = 2.0\nguidance_embedding = true")
+SDXL_DMD = of_images(DMD)
 TEXTS = {
     "flow": FLOW,
     "dmd": DMD,
@@ -129,6 +139,7 @@ TEXTS = {
     ),
     "lcm": LCM,
     "lcm_lora": LCM.replace("guidance = 2.0", 'guidance = 2.0\ntarget = "student"') + LORA,
+    "sdxl_dmd": SDXL_DMD,
     "sdxl_lcm": SDXL_LCM,
     "sdxl_lcm_lora": SDXL_LCM + LORA,
 }

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,20 @@ def read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError:  # not UTF-8 and not JSON are both ValueErrors
         raise ValueError(f"{path} is not JSON; download or save the folder again") from None
+
+
+def read_config(folder: Path, name: str, class_name: str, model: str) -> dict[str, Any]:
+    """`folder/name/config.json`; ValueError when it is of another class."""
+    raw = read_json(folder / name / "config.json")
+    if (given := raw.get("_class_name")) != class_name:
+        raise ValueError(f"{folder}: {name} is a {given}, not a {class_name}; name a diffusers folder of {model}")
+    return raw
+
+
+def known(raw: Mapping[str, Any], cls: Any) -> dict[str, Any]:
+    """What a config.json says of a dataclass's fields, lists as tuples."""
+    names = {f.name for f in fields(cls)}
+    return {key: tuple(x) if isinstance(x, list) else x for key, x in raw.items() if key in names}
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

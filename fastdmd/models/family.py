@@ -14,7 +14,6 @@ from fastdmd.models import frozen, frozen_sdxl, sdxl_folder
 from fastdmd.models.sdxl import SDXL
 from fastdmd.models.wan import Wan
 from fastdmd.models.wan_causal import CausalWan
-from fastdmd.schedule import FlowSchedule, VPSchedule
 from fastdmd_kernels.tiles import Grid
 
 GUIDANCE_EMBEDDING = 256  # width; LCM's
@@ -67,30 +66,6 @@ def _load_sdxl(path: Path, device: torch.device, options: Options) -> SDXL:
     return sdxl_folder.load(path, device, _told(sdxl_folder.read_config(path), options))
 
 
-def _export_wan(
-    out: Path,
-    config: Any,
-    weights: Mapping[str, Tensor],
-    times: Sequence[float] | None,
-    schedule: FlowSchedule,
-    source: Path | None,
-) -> None:
-    wan_folder.export(out, config, weights, times, schedule.flow_shift, source)
-
-
-def _export_sdxl(
-    out: Path,
-    config: Any,
-    weights: Mapping[str, Tensor],
-    times: Sequence[float] | None,
-    schedule: VPSchedule,
-    source: Path | None,
-) -> None:
-    noise = sdxl_folder.read_noise(source) if source else sdxl_folder.Noise()
-    make = sdxl_folder.ddim_scheduler if times is None else sdxl_folder.lcm_scheduler
-    sdxl_folder.export(out, config, weights, make(noise), source)
-
-
 FAMILIES: Mapping[str, Family] = {
     "wan2.1": Family(
         component="transformer",
@@ -102,7 +77,9 @@ FAMILIES: Mapping[str, Family] = {
         read_config=wan_folder.read_config,
         make=_make_wan,
         load=_load_wan,
-        export=_export_wan,
+        export=lambda out, config, weights, times, schedule, source: wan_folder.export(
+            out, config, weights, times, schedule.flow_shift, source
+        ),
         lora_prefix="transformer.",
     ),
     "sdxl": Family(
@@ -115,7 +92,9 @@ FAMILIES: Mapping[str, Family] = {
         read_config=sdxl_folder.read_config,
         make=_make_sdxl,
         load=_load_sdxl,
-        export=_export_sdxl,
+        export=lambda out, config, weights, times, schedule, source: sdxl_folder.export(
+            out, config, weights, sdxl_folder.make_scheduler(times is not None, source), source
+        ),
         lora_prefix="",  # the names have "unet." already
     ),
 }

@@ -30,23 +30,17 @@ COMPONENTS = {
 
 def read_config(folder: Path) -> WanConfig:
     """The architecture of `folder/transformer`; ValueError for what is not a text-to-video Wan 2.1."""
-    path = folder / "transformer" / "config.json"
-    raw = component.read_json(path)
-    if raw.get("_class_name") != "WanTransformer3DModel":
-        raise ValueError(
-            f"{folder}: transformer is a {raw.get('_class_name')}, not a WanTransformer3DModel; "
-            "name a diffusers folder of Wan 2.1"
-        )
+    raw = component.read_config(folder, "transformer", "WanTransformer3DModel", "Wan 2.1")
     if (folder / "transformer_2").exists():
         raise ValueError(f"{folder}: has a transformer_2/, as Wan 2.2 has; name a text-to-video Wan 2.1")
     for key, value in FIXED.items():
         if raw.get(key, value) != value:
             raise ValueError(f"{folder}: transformer has {key} = {raw[key]!r}; name a text-to-video Wan 2.1")
-    known = {f.name for f in fields(WanConfig)}
-    given: dict[str, Any] = {key: value for key, value in raw.items() if key in known}
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    given = component.known(raw, WanConfig)
     if absent := [f.name for f in fields(WanConfig) if f.default is MISSING and f.name not in given]:
-        raise ValueError(f"{path} has no {', '.join(absent)}; download or save the folder again")
+        raise ValueError(
+            f"{folder / 'transformer' / 'config.json'} has no {', '.join(absent)}; download or save the folder again"
+        )
     config = WanConfig(**given)
     if config.in_channels != config.out_channels:  # the rest is an image (Wan 2.2 image-to-video has no other mark)
         raise ValueError(

@@ -45,6 +45,8 @@ class Noise:
 def read_noise(folder: Path) -> Noise:
     """Of `folder/scheduler`; ValueError for a table or a prediction that there is none of here."""
     path = folder / "scheduler" / "scheduler_config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no scheduler/scheduler_config.json, which says the noise; name an SDXL")
     raw = component.read_json(path)
     known = {f.name for f in fields(Noise)}
     noise = Noise(**{key: value for key, value in raw.items() if key in known})
@@ -64,23 +66,19 @@ def make_schedule(folder: Path | None) -> VPSchedule:
 
 def read_config(folder: Path) -> SDXLConfig:
     """The architecture of `folder/unet`; ValueError for what is not an SDXL."""
-    path = folder / "unet" / "config.json"
-    raw = component.read_json(path)
-    if raw.get("_class_name") != "UNet2DConditionModel":
-        raise ValueError(
-            f"{folder}: unet is a {raw.get('_class_name')}, not a UNet2DConditionModel; name a diffusers folder of SDXL"
-        )
+    raw = component.read_config(folder, "unet", "UNet2DConditionModel", "SDXL")
     # diffusers writes every key; what an older one left out was as it is here, but for these
     raw = {"addition_embed_type": None, "use_linear_projection": False, **raw}
     for key, value in FIXED.items():
         if raw.get(key, value) != value:
             raise ValueError(f"{folder}: unet has {key} = {raw[key]!r}, and SDXL {value!r}; name an SDXL")
-    known = {f.name for f in fields(SDXLConfig)}
-    if absent := sorted(known - {"time_cond_proj_dim", "sample_size"} - set(raw)):
-        raise ValueError(f"{path} has no {', '.join(absent)}; download or save the folder again")
-    given: dict[str, Any] = {key: value for key, value in raw.items() if key in known}
-    given |= {key: [given[key]] * len(given["block_out_channels"]) for key in LEVELS if isinstance(given[key], int)}
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    needed = {f.name for f in fields(SDXLConfig)} - {"time_cond_proj_dim", "sample_size"}
+    if absent := sorted(needed - set(raw)):
+        raise ValueError(
+            f"{folder / 'unet' / 'config.json'} has no {', '.join(absent)}; download or save the folder again"
+        )
+    given = component.known(raw, SDXLConfig)
+    given |= {key: (given[key],) * len(given["block_out_channels"]) for key in LEVELS if isinstance(given[key], int)}
     config = SDXLConfig(**given)
     for key, message in config.problems():
         raise ValueError(f"{folder}: unet has {key}: {message}")
@@ -135,6 +133,12 @@ def lcm_scheduler(noise: Noise, original_inference_steps: int = 50) -> Any:
     from diffusers.schedulers.scheduling_lcm import LCMScheduler
 
     return LCMScheduler(**asdict(noise), original_inference_steps=original_inference_steps)
+
+
+def make_scheduler(few: bool, source: Path | None) -> Any:
+    """diffusers' scheduler for the noise of `source`: an LCM student's few steps, or many."""
+    noise = read_noise(source) if source else Noise()
+    return lcm_scheduler(noise) if few else ddim_scheduler(noise)
 
 
 def export(
