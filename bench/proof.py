@@ -1,119 +1,100 @@
-"""Every method on the tiny worlds, beside its teacher: `python -m bench.proof [CONFIG.toml ..] [--runs FOLDER]`.
+"""Every method on the tiny worlds, beside its teacher: `python -m bench.proof [CONFIG.toml ..] [--jobs N]`.
 
-Trains each configuration, or goes on with its run; appends its summary.json, its name, versions and commit to
+Trains each configuration, or goes on with its run, N at a time (absent: one a core); what a run prints goes into
+proof.log in its folder. Appends summary.json, the configuration's name, versions and commit to
 bench/results/proof.jsonl; draws bench/results/proof.svg; prints the table. Of a configuration the last line counts.
+Fails when a run does, or when a student is worse than `bench.proof_report.shortfall` allows.
 """
 
 import argparse
 import json
-from html import escape
+import multiprocessing
+import os
+import sys
+import tomllib
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from contextlib import redirect_stderr
 from pathlib import Path
-from typing import Any
+from traceback import format_exception
 
 import torch
 
+from bench.proof_report import ORDER, RESULTS, Line, newest, picture, shortfall, table
 from bench.record import REPOSITORY, append, machine
 from fastdmd import config as configs
 from fastdmd import train as trainer
+from fastdmd.log import Progress, read_metrics
+from fastdmd.precision import pick_device
 
-RESULTS = REPOSITORY / "bench" / "results"
-WHO = {"teacher_50": "teacher, 50 steps", "teacher_few": "teacher, as few", "student": "student"}
-ORDER = (  # a detail expert starts from the semantic one's export
-    "dmd",
-    "sid",
-    "lcm",
-    "dmd_gan",
-    "dcm_semantic",
-    "dcm_detail",
-    "selfforcing_dmd",
-    "selfforcing_sid",
-    "sdxl_lcm",
-    "sdxl_lcm_lora",
-)
-FEEDS = {"dcm_semantic": "student"}  # exported into this folder of its run
-Line = dict[str, Any]
+STARTS_FROM = {"tiny_dcm_detail": "tiny_dcm_semantic"}  # a student that is another's export
+EXPORT = "student"  # where, in the other's run
 
 
-def prove(path: Path, runs: Path | None) -> Line:
-    """Train (or finish) one configuration. -> its line."""
-    name = path.stem
-    overrides = [f'run.output_dir="{runs / name}"'] if runs else []
-    config = configs.load(path, overrides)
-    folder = Path(config.run.output_dir)
-    trainer.train(config)
-    if out := FEEDS.get(name.removeprefix("tiny_")):
-        trainer.export_student(folder, folder / out)
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    here = {**machine(torch.device("cpu")), "command": f"python -m bench.proof configs/{path.name}"}
-    return {"config": name, **summary, **here}
+def chains(paths: Sequence[Path], seconds: dict[str, float]) -> list[list[Path]]:
+    """What can go side by side, the longest first by `seconds` (those that are not known before all); in a chain each
+    starts from the one before it."""
+    by_name = {path.stem: path for path in paths}
+    later = {name: first for name, first in STARTS_FROM.items() if {name, first} <= set(by_name)}
+    found = {name: [path] for name, path in by_name.items() if name not in later}
+    for name, first in later.items():
+        found[first].append(by_name[name])
+    return sorted(found.values(), key=lambda chain: -sum(seconds.get(path.stem, float("inf")) for path in chain))
 
 
-def newest(lines: list[Line]) -> list[Line]:
-    """The last line of each configuration, in the order of ORDER."""
-    last = {line["config"].removeprefix("tiny_"): line for line in lines}
-    return [last[name] for name in ORDER if name in last]
+def prove(chain: Sequence[Path], threads: int, here: Line, results: Path) -> None:
+    """Train (or finish) the configurations of a chain, in a process of its own, and append their lines."""
+    torch.set_num_threads(threads)
+    for path in chain:
+        config = configs.load(path)
+        folder = Path(config.run.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "proof.log").open("a", encoding="utf-8") as log, redirect_stderr(log):
+            trainer.train(config)
+        if path.stem in STARTS_FROM.values():
+            trainer.export_student(folder, folder / EXPORT)
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        command = f"python -m bench.proof configs/{path.name}"
+        append([results], "proof.jsonl", {"config": path.stem, **summary, **here, "command": command})
 
 
-def table(lines: list[Line]) -> str:
-    rows = [("config", "steps", *(f"{who}: oracle, SWD" for who in WHO.values()), "of teacher", "training")]
-    for line in lines:
-        scores = line["scores"]
-        rows.append(
-            (
-                line["config"],
-                str(line["student_steps"]),
-                *(f"{scores[who]['oracle']:.3f}, {scores[who]['swd']:.4f}" for who in WHO),
-                f"{scores['student']['oracle'] / scores['teacher_50']['oracle']:.1%}",
-                f"{line['seconds'] / 60:.1f} min",
-            )
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip() for row in rows)
+def watch(running: dict[Future[None], list[Path]], paths: Sequence[Path]) -> list[str]:
+    """Show how far all are together until all are done. -> what failed, with its traceback."""
+    runs = [tomllib.loads(path.read_text(encoding="utf-8"))["run"] for path in paths]
+    total = sum(run["max_steps"] for run in runs)
 
+    def steps() -> int:
+        rows = [read_metrics(Path(run["output_dir"]) / "metrics.jsonl") for run in runs]
+        return sum(found[-1]["step"] for found in rows if found)
 
-LEFT, RIGHT, TOP, ROW = 170, 620, 56, 30
-STYLE = """text { font: 13px sans-serif; fill: #1c1c1a } .faint { fill: #6d6d68 } .rule { stroke: #dcdcd6 }
-.between { stroke: #9a9a94; stroke-width: 2 } .teacher_50 { fill: #fff; stroke: #1c1c1a; stroke-width: 1.75 }
-.teacher_few { fill: #9a9a94 } .student { fill: #c2410c }"""
-
-
-def picture(lines: list[Line]) -> str:
-    """Oracle score of the three, a row a configuration, as SVG."""
-
-    def x(score: float) -> float:
-        return LEFT + (RIGHT - LEFT) * score
-
-    bottom = TOP + ROW * len(lines)
-    parts = [f'<style>{STYLE}</style><rect width="{RIGHT + 50}" height="{bottom + 30}" fill="#fff"/>']
-    for i, (who, label) in enumerate(WHO.items()):
-        parts.append(f'<circle class="{who}" cx="{LEFT + 150 * i}" cy="20" r="5.5"/>')
-        parts.append(f'<text x="{LEFT + 150 * i + 12}" y="24.5">{label}</text>')
-    for mark in (0.0, 0.25, 0.5, 0.75, 1.0):
-        parts.append(f'<path class="rule" d="M{x(mark)} {TOP - 14}V{bottom - 8}"/>')
-        parts.append(f'<text class="faint" text-anchor="middle" x="{x(mark)}" y="{bottom + 10}">{mark:.0%}</text>')
-    for i, line in enumerate(lines):
-        y, scores = TOP + ROW * i, {who: line["scores"][who]["oracle"] for who in WHO}
-        name = escape(f"{line['config'].removeprefix('tiny_')}, {line['student_steps']} steps")
-        parts.append(f'<text text-anchor="end" x="{LEFT - 14}" y="{y + 4.5}">{name}</text>')
-        parts.append(f'<path class="between" d="M{x(scores["teacher_few"])} {y}H{x(scores["student"])}"/>')
-        for who, score in scores.items():
-            told = f"<title>{WHO[who]}: {score:.1%}</title>"
-            parts.append(f'<circle class="{who}" cx="{x(score):.1f}" cy="{y}" r="5.5">{told}</circle>')
-    size = f'width="{RIGHT + 50}" height="{bottom + 30}"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{"".join(parts)}</svg>\n'
+    with Progress("step", total, steps()) as progress:
+        while wait(running, timeout=2).not_done:
+            progress.show(min(steps(), total - 1), f"{sum(not future.done() for future in running)} to go")
+    errors = {chain[0].stem: future.exception() for future, chain in running.items()}
+    return [f"{name}: {''.join(format_exception(error))}" for name, error in errors.items() if error]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     known = [REPOSITORY / "configs" / f"tiny_{name}.toml" for name in ORDER]
     parser.add_argument("configs", type=Path, nargs="*", default=known, help="default: configs/tiny_*.toml")
-    parser.add_argument("--runs", type=Path, help="folder for the runs; default: each configuration's output_dir")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time; default: one a core")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of proof.jsonl and proof.svg")
     arguments = parser.parse_args()
-    for path in arguments.configs:
-        append([RESULTS], "proof.jsonl", prove(path, arguments.runs))
-    lines = newest([json.loads(line) for line in (RESULTS / "proof.jsonl").read_text(encoding="utf-8").splitlines()])
-    (RESULTS / "proof.svg").write_text(picture(lines), encoding="utf-8")
+    results = arguments.results
+    before = {line["config"]: line["seconds"] for line in newest(results)}
+    work = chains(arguments.configs, before)
+    jobs = max(1, min(arguments.jobs, len(work)))
+    threads = max(1, torch.get_num_threads() // jobs)
+    here = {**machine(pick_device("auto")), "threads": threads, "jobs": jobs}
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(prove, chain, threads, here, results): chain for chain in work}
+        failed = watch(futures, arguments.configs)
+    lines = newest(results)
+    (results / "proof.svg").write_text(picture(lines), encoding="utf-8")
     print(table(lines))
+    if failed := [*failed, *filter(None, map(shortfall, lines))]:
+        sys.exit("\n".join(failed))
 
 
 if __name__ == "__main__":

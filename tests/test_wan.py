@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastdmd.denoiser import Batch, Cond, Denoiser
 from fastdmd.methods.dmd import DMD
 from fastdmd.methods.score_distillation import CriticConfig
-from fastdmd.models.wan import Wan, WanConfig, rope_table
+from fastdmd.models.wan import Wan, WanConfig, rope_table, rotate
 from fastdmd.rollout import Config as RolloutConfig
 from fastdmd.schedule import FlowSchedule
 from fastdmd_kernels.tiles import raster_order, tile_order
@@ -125,7 +125,26 @@ def test_rope_table_equals_complex_powers(K):
             for i in range(dim // 2)
         ]
         rotation = torch.polar(torch.ones(K // 2, dtype=torch.float64), torch.tensor(angles, dtype=torch.float64))
-        torch.testing.assert_close(torch.complex(cos[row, 0], sin[row, 0]), rotation.to(torch.complex64))
+        pairs = torch.complex(cos[row, 0], sin[row, 0]).to(torch.complex128).view(-1, 2)
+        torch.testing.assert_close(pairs[:, 1], rotation, rtol=0.0, atol=1e-7)
+        torch.testing.assert_close(pairs[:, 0], rotation.conj(), rtol=0.0, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_rotate_is_a_complex_product(dtype):
+    """Value and gradient; of bfloat16 rounded once."""
+    x = torch.randn(2, 30, 3, 12, dtype=torch.float64, requires_grad=True)
+    rope, dy = rope_table((3, 2, 5), 12, None, torch.device("cpu")), torch.randn(2, 30, 3, 12, dtype=torch.float64)
+    rotation = torch.complex(rope[0, ..., ::2], rope[1, ..., 1::2]).to(torch.complex128)
+    rounded = x.to(dtype)
+    y = torch.view_as_real(torch.view_as_complex(rounded.double().unflatten(-1, (-1, 2))) * rotation).flatten(-2)
+    z = rotate(rounded, rope)
+    assert z.dtype == dtype
+    tight = {"rtol": 0.0, "atol": 1e-15} if dtype == torch.float64 else {"rtol": 2**-8, "atol": 1e-6}
+    torch.testing.assert_close(z.double(), y, **tight)
+    (expected,) = torch.autograd.grad(y, x, dy.to(dtype).double(), retain_graph=True)
+    (found,) = torch.autograd.grad(z, x, dy.to(dtype))
+    torch.testing.assert_close(found, expected, rtol=tight["rtol"], atol=tight["atol"] or 1e-14)
 
 
 @pytest.mark.parametrize(("grid", "tile"), TILINGS)

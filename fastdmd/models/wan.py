@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastdmd.denoiser import Cond
+from fastdmd.schedule import wide
 from fastdmd_kernels import topk_for, video_sparse_attention
 from fastdmd_kernels.attention import attention, prepare
 from fastdmd_kernels.tiles import N_VALID_BITS, Grid, Tiles
@@ -92,7 +93,7 @@ def layer_norm(x: Tensor, eps: float) -> Tensor:
 
 @lru_cache(maxsize=32)
 def rope_table(grid: Grid, K: int, tile: Grid | None, device: torch.device) -> Tensor:
-    """Rotations of 3-D RoPE, float32 [2, L, 1, K/2] (cos, sin), in token order.
+    """Rotations of 3-D RoPE, float32 [2, L, 1, K] (cos, and sin with the sign of `rotate`), in token order.
 
     Head channels are split t, h, w as K - 2 * 2(K//6), 2(K//6), 2(K//6); base 10,000. Angles are computed in float64 on
     the host: at position 1,000 float32 angles are off by 3e-5.
@@ -106,14 +107,21 @@ def rope_table(grid: Grid, K: int, tile: Grid | None, device: torch.device) -> T
     angle = torch.cat(angles, dim=1)
     if tile:
         angle = Tiles(grid, tile).to_tile_order(angle, 0)
-    return torch.stack([angle.cos(), angle.sin()])[:, :, None].float().to(device)
+    cos, sin = angle.cos(), angle.sin()
+    pairs = torch.stack([torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)])
+    return pairs.flatten(-2)[:, :, None].float().to(device)
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate interleaved channel pairs of x [B, L, N, K] by rope [2, L, 1, K/2]; float32 inside, dtype of x outside."""
+    """Rotate interleaved channel pairs of x [B, L, N, K] by rope [2, L, 1, K]; float32 inside, dtype of x outside.
+
+    (re, im) -> (re, im) cos + (im, re) (-sin, sin): products of whole rows, 2.8 times faster on a CPU than of every
+    other channel.
+    """
     cos, sin = rope
-    re, im = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([re * cos - im * sin, re * sin + im * cos], dim=-1).flatten(-2).to(x.dtype)
+    y = wide(x)
+    re, im = y.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.addcmul(y * cos, torch.stack([im, re], dim=-1).flatten(-2), sin).to(x.dtype)
 
 
 def time_frequencies(model_t: Tensor, dim: int) -> Tensor:
@@ -324,7 +332,7 @@ class Wan(nn.Module):
         layers: Collection[int] = (),
     ) -> tuple[Tensor, list[Tensor]]:
         """`features` of x_t [B, C, T, H, W]. time [B, M, D], modulation [B, 6, M, D], text [B, S, D],
-        rope [2, L, 1, K/2], and how each block attends to its q, k, v where attention is dense."""
+        rope [2, L, 1, K], and how each block attends to its q, k, v where attention is dense."""
         grid, found, weight = self.grid(x_t.shape), [], self.patch_embedding.weight
         x = nnf.linear(self.patchify(x_t, grid).to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
         sparse = self.sparse(grid)

@@ -1,0 +1,71 @@
+"""bench.proof: what goes side by side, what it records, and what it does when a run fails."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import write_toml
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from bench import proof, proof_report, record
+
+
+def paths(*names):
+    return [Path(f"configs/tiny_{name}.toml") for name in names]
+
+
+def test_chains_put_the_longest_first_and_a_start_before_its_successor():
+    seconds = {"tiny_dmd": 10.0, "tiny_sid": 30.0, "tiny_dcm_semantic": 20.0, "tiny_dcm_detail": 15.0}
+    work = proof.chains(paths("dmd", "dcm_detail", "sid", "lcm", "dcm_semantic"), seconds)
+    assert work == [paths("lcm"), paths("dcm_semantic", "dcm_detail"), paths("sid"), paths("dmd")]
+
+
+def test_a_successor_alone_is_a_chain():
+    assert proof.chains(paths("dcm_detail"), {}) == [paths("dcm_detail")]
+
+
+def test_every_configuration_of_the_proof_is_there():
+    folder = record.REPOSITORY / "configs"
+    assert all((folder / f"tiny_{name}.toml").is_file() for name in proof_report.ORDER)
+    for name, start in proof.STARTS_FROM.items():
+        text = (folder / f"{name}.toml").read_text(encoding="utf-8")
+        assert f'"runs/{start}/{proof.EXPORT}"' in text
+
+
+@pytest.mark.parametrize(
+    ("config", "few", "student", "short"),
+    [
+        ("tiny_dmd_gan", 0.0, 0.74, False),
+        ("tiny_selfforcing_sid", 0.0, 0.73, True),
+        ("tiny_lcm", 0.0, 0.69, False),
+        ("tiny_lcm", 0.0, 0.67, True),
+        ("tiny_lcm", 0.5, 0.74, True),
+        ("tiny_lcm", 0.5, 0.76, False),
+    ],
+)
+def test_a_student_must_be_near_its_teacher_and_far_above_few_steps_of_it(config, few, student, short):
+    """92 % of 0.8 is 0.736, and 85 % 0.68."""
+    scores = {"teacher_50": 0.8, "teacher_few": few, "student": student}
+    line = {"config": config, "scores": {who: {"oracle": score} for who, score in scores.items()}}
+    assert (proof_report.shortfall(line) is not None) == short
+
+
+def test_a_proof_records_each_run_and_tells_which_failed(tmp_path, monkeypatch, capsys):
+    """In processes of their own; the good run's line, picture and table are there although the other one fails."""
+    good = write_toml(tmp_path, "dmd").rename(tmp_path / "tiny_dmd.toml")
+    bad = tmp_path / "tiny_sid.toml"
+    bad.write_text(good.read_text(encoding="utf-8").replace('"dmd"', '"did"'), encoding="utf-8")
+    arguments = [str(good), str(bad), "--jobs", "2", "--results", str(tmp_path / "results")]
+    monkeypatch.setattr(sys, "argv", ["proof", *arguments])
+    with pytest.raises(SystemExit, match=r"(?s)tiny_sid: .*'did'"):
+        proof.main()
+    (line,) = map(json.loads, (tmp_path / "results" / "proof.jsonl").read_text(encoding="utf-8").splitlines())
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+    assert line["config"] == "tiny_dmd"
+    assert line["jobs"] == 2
+    assert {key: line[key] for key in summary} == summary
+    assert "student" in (tmp_path / "run" / "proof.log").read_text(encoding="utf-8")
+    assert "dmd, " in (tmp_path / "results" / "proof.svg").read_text(encoding="utf-8")
+    assert capsys.readouterr().out.splitlines()[1].startswith("tiny_dmd ")
