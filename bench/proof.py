@@ -53,9 +53,10 @@ def prove(chain: Sequence[Path], threads: int, here: Line, results: Path) -> Non
             trainer.train(config)
         if path.stem in STARTS_FROM.values():
             trainer.export_student(folder, folder / EXPORT)
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        command = f"python -m bench.proof configs/{path.name}"
-        append([results], "proof.jsonl", {"config": path.stem, **summary, **here, "command": command})
+        line = {"config": path.stem, **json.loads((folder / "summary.json").read_text(encoding="utf-8")), **here}
+        start = read_metrics(folder / "metrics.jsonl", 0)[0]
+        line["scores"]["start"] = {name: start[f"valid/{name}"] for name in ("oracle", "swd")}
+        append([results], "proof.jsonl", {**line, "command": f"python -m bench.proof configs/{path.name}"})
 
 
 def watch(running: dict[Future[None], list[Path]], paths: Sequence[Path]) -> list[str]:

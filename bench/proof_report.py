@@ -8,7 +8,12 @@ from typing import Any
 from bench.record import REPOSITORY
 
 RESULTS = REPOSITORY / "bench" / "results"
-WHO = {"teacher_50": "teacher, 50 steps", "teacher_few": "teacher, as few", "student": "student"}
+WHO = {
+    "teacher_50": "teacher, 50 steps",
+    "teacher_few": "teacher, as few",
+    "start": "student, untrained",  # what its sampler alone is worth: not that of the teacher
+    "student": "student",
+}
 ORDER = (
     "dmd",
     "sid",
@@ -34,9 +39,10 @@ def newest(results: Path) -> list[Line]:
 
 
 def shortfall(line: Line) -> str | None:
-    """How a student misses what is asked of it: LEAST_GAIN over its teacher in as few steps, and a share of what the
-    teacher has in 50; None when it does not."""
-    of_50, few, student = (line["scores"][who]["oracle"] for who in WHO)
+    """How a student misses what is asked of it: LEAST_GAIN over its teacher in as few steps, by the teacher's sampler
+    and by its own, and a share of what the teacher has in 50; None when it does not."""
+    of_50, few, start, student = (line["scores"][who]["oracle"] for who in WHO)
+    few = max(few, start)
     share = LEAST_SHARE_OF_SCORES if {"dmd", "sid"} & set(line["config"].split("_")) else LEAST_SHARE
     if student >= max(few + LEAST_GAIN, share * of_50):
         return None
@@ -64,14 +70,14 @@ def table(lines: list[Line]) -> str:
     return "\n".join("  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-LEFT, RIGHT, TOP, ROW = 170, 620, 56, 30
+LEFT, RIGHT, TOP, ROW, KEY = 180, 700, 56, 30, 140
 STYLE = """text { font: 13px sans-serif; fill: #1c1c1a } .faint { fill: #6d6d68 } .rule { stroke: #dcdcd6 }
-.between { stroke: #9a9a94; stroke-width: 2 } .teacher_50 { fill: #fff; stroke: #1c1c1a; stroke-width: 1.75 }
-.teacher_few { fill: #9a9a94 } .student { fill: #c2410c }"""
+.between { stroke: #eab79d; stroke-width: 3 } .teacher_50 { fill: #fff; stroke: #1c1c1a; stroke-width: 1.75 }
+.teacher_few { fill: #9a9a94 } .start { fill: none; stroke: #c2410c; stroke-width: 1.75 } .student { fill: #c2410c }"""
 
 
 def picture(lines: list[Line]) -> str:
-    """Oracle score of the three, a row a configuration, as SVG."""
+    """Oracle scores, a row a configuration, as SVG; a bar from the student before training to it after."""
 
     def x(score: float) -> float:
         return LEFT + (RIGHT - LEFT) * score
@@ -79,8 +85,8 @@ def picture(lines: list[Line]) -> str:
     bottom = TOP + ROW * len(lines)
     parts = [f'<style>{STYLE}</style><rect width="{RIGHT + 50}" height="{bottom + 30}" fill="#fff"/>']
     for i, (who, label) in enumerate(WHO.items()):
-        parts.append(f'<circle class="{who}" cx="{LEFT + 150 * i}" cy="20" r="5.5"/>')
-        parts.append(f'<text x="{LEFT + 150 * i + 12}" y="24.5">{label}</text>')
+        parts.append(f'<circle class="{who}" cx="{LEFT - 20 + KEY * i}" cy="20" r="5.5"/>')
+        parts.append(f'<text x="{LEFT - 8 + KEY * i}" y="24.5">{label}</text>')
     for mark in (0.0, 0.25, 0.5, 0.75, 1.0):
         parts.append(f'<path class="rule" d="M{x(mark)} {TOP - 14}V{bottom - 8}"/>')
         parts.append(f'<text class="faint" text-anchor="middle" x="{x(mark)}" y="{bottom + 10}">{mark:.0%}</text>')
@@ -88,7 +94,7 @@ def picture(lines: list[Line]) -> str:
         y, scores = TOP + ROW * i, {who: line["scores"][who]["oracle"] for who in WHO}
         name = escape(f"{line['config'].removeprefix('tiny_')}, {line['student_steps']} steps")
         parts.append(f'<text text-anchor="end" x="{LEFT - 14}" y="{y + 4.5}">{name}</text>')
-        parts.append(f'<path class="between" d="M{x(scores["teacher_few"])} {y}H{x(scores["student"])}"/>')
+        parts.append(f'<path class="between" d="M{x(scores["start"])} {y}H{x(scores["student"])}"/>')
         for who, score in scores.items():
             told = f"<title>{WHO[who]}: {score:.1%}</title>"
             parts.append(f'<circle class="{who}" cx="{x(score):.1f}" cy="{y}" r="5.5">{told}</circle>')

@@ -95,10 +95,10 @@ def write_samples(run: "Run", who: str, prompts: Sequence[str] | None, folder: P
 
 
 def validate_step(run: "Run", log: RunLog) -> None:
-    """Score the student now, and keep its pictures."""
+    """Keep the student's pictures now, and its scores."""
     x0, scores = validation_sample(run, "student")
-    log.write(run.step, {f"valid/{name}": value for name, value in scores.items()})
     keep_pictures(run, f"step_{run.step:08d}", x0)
+    log.write(run.step, {f"valid/{name}": value for name, value in scores.items()})
 
 
 def keep_pictures(run: "Run", name: str, x0: Tensor) -> None:

@@ -120,6 +120,7 @@ class RunLog:
     def __init__(self, config: Config, folder: Path, step: int) -> None:
         self.config, self.path = config, folder / "metrics.jsonl"
         rows = read_metrics(self.path, step)
+        self.new = not rows
         write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self.file = self.path.open("a", encoding="utf-8")
         self.mirrors: list[Mirror] = [MIRRORS[name](config, folder, rows) for name in config.backends]

@@ -128,6 +128,8 @@ def train(config: Config) -> Run:
         max_steps, peak = config.run.max_steps, peak_flops(run.device, config.precision.dtype)
         log, progress = RunLog(config.logging, run.folder, run.step), Progress("step", max_steps, run.step)
         with stop_on_signals(run), log, progress:
+            if config.validation.every and log.new:  # what the student's sampler alone is worth
+                validate_step(run, log)
             while run.step < max_steps:
                 start, flops = time.perf_counter(), count_flops(run)
                 values = take_step(run)

@@ -22,7 +22,7 @@ Sampler = Callable[[Tensor, Cond, Cond, Rng], Tensor]  # (noise, cond, uncond, r
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    every: int = 0  # steps between validations of the student; 0: only at the end
+    every: int = 0  # steps between validations of the student, the first before training; 0: only at the end
     prompts: tuple[str, ...] = ()  # absent: the data's own
     samples: int = 4  # videos to sample and score, cycling through the prompts
     batch_size: int = 4

@@ -35,19 +35,20 @@ def test_every_configuration_of_the_proof_is_there():
 
 
 @pytest.mark.parametrize(
-    ("config", "few", "student", "short"),
+    ("config", "few", "start", "student", "short"),
     [
-        ("tiny_dmd_gan", 0.0, 0.74, False),
-        ("tiny_selfforcing_sid", 0.0, 0.73, True),
-        ("tiny_lcm", 0.0, 0.69, False),
-        ("tiny_lcm", 0.0, 0.67, True),
-        ("tiny_lcm", 0.5, 0.74, True),
-        ("tiny_lcm", 0.5, 0.76, False),
+        ("tiny_dmd_gan", 0.0, 0.0, 0.74, False),
+        ("tiny_selfforcing_sid", 0.0, 0.0, 0.73, True),
+        ("tiny_lcm", 0.0, 0.0, 0.69, False),
+        ("tiny_lcm", 0.0, 0.0, 0.67, True),
+        ("tiny_lcm", 0.5, 0.0, 0.74, True),
+        ("tiny_lcm", 0.5, 0.0, 0.76, False),
+        ("tiny_lcm", 0.0, 0.5, 0.74, True),
     ],
 )
-def test_a_student_must_be_near_its_teacher_and_far_above_few_steps_of_it(config, few, student, short):
+def test_a_student_must_be_near_its_teacher_and_far_above_few_steps_of_it(config, few, start, student, short):
     """92 % of 0.8 is 0.736, and 85 % 0.68."""
-    scores = {"teacher_50": 0.8, "teacher_few": few, "student": student}
+    scores = {"teacher_50": 0.8, "teacher_few": few, "start": start, "student": student}
     line = {"config": config, "scores": {who: {"oracle": score} for who, score in scores.items()}}
     assert (proof_report.shortfall(line) is not None) == short
 
@@ -55,6 +56,9 @@ def test_a_student_must_be_near_its_teacher_and_far_above_few_steps_of_it(config
 def test_a_proof_records_each_run_and_tells_which_failed(tmp_path, monkeypatch, capsys):
     """In processes of their own; the good run's line, picture and table are there although the other one fails."""
     good = write_toml(tmp_path, "dmd").rename(tmp_path / "tiny_dmd.toml")
+    good.write_text(
+        good.read_text(encoding="utf-8").replace("[validation]", "[validation]\nevery = 3"), encoding="utf-8"
+    )
     bad = tmp_path / "tiny_sid.toml"
     bad.write_text(good.read_text(encoding="utf-8").replace('"dmd"', '"did"'), encoding="utf-8")
     arguments = [str(good), str(bad), "--jobs", "2", "--results", str(tmp_path / "results")]
@@ -65,7 +69,9 @@ def test_a_proof_records_each_run_and_tells_which_failed(tmp_path, monkeypatch, 
     summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
     assert line["config"] == "tiny_dmd"
     assert line["jobs"] == 2
+    start = line["scores"].pop("start")
     assert {key: line[key] for key in summary} == summary
+    assert start["swd"] != summary["scores"]["student"]["swd"]
     assert "student" in (tmp_path / "run" / "proof.log").read_text(encoding="utf-8")
     assert "dmd, " in (tmp_path / "results" / "proof.svg").read_text(encoding="utf-8")
     assert capsys.readouterr().out.splitlines()[1].startswith("tiny_dmd ")
