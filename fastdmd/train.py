@@ -121,6 +121,7 @@ def set_sparsity(run: Run) -> None:
 def train(config: Config) -> Run:
     """Run to max_steps, from the newest checkpoint if there is one; Interrupted or Diverged stop it earlier."""
     run = build(config)
+    exported_scheduler(run)  # no days of training for a student that cannot be exported
     checkpoint.make_folder(run.folder)
     with checkpoint.locked(run.folder):
         restore(run)
@@ -271,20 +272,26 @@ def reopen(path: Path) -> Run:
     return run
 
 
+def exported_scheduler(run: Run) -> Any:
+    """diffusers' scheduler for the student's steps; ValueError when none has them."""
+    config, times = run.config, run.method.times if run.method.renoises else None
+    source = Path(config.model.path) if config.model.path else None
+    return config.family.make_scheduler(None if times is None else times.tolist(), run.schedule, source)
+
+
 def export_student(path: Path, out: Path) -> None:
     """The student of a run's newest checkpoint, under its validation weights, as a diffusers pipeline folder.
 
     Adapters are merged into it, and stand beside it as pytorch_lora_weights.safetensors where they are all there is.
     """
     run = reopen(path)
-    config, times, net = run.config, run.method.times if run.method.renoises else None, run.nets["student"].net
+    config, net = run.config, run.nets["student"].net
     averaged = run.ema if config.validation.weights == "ema" else None
     learned = averaged.shadow if averaged else run.optimizers["student"].masters
     with validation_weights(run):
         weights = merged(net) if config.lora else learned
     source = Path(config.model.path) if config.model.path else None
-    steps = None if times is None else times.tolist()
-    config.family.export(out, net.config, weights, steps, run.schedule, source)
+    config.family.export(out, net.config, weights, exported_scheduler(run), source)
     if config.lora and not config.lora.modules:
         file = out / "pytorch_lora_weights.safetensors"
         export_lora(file, learned, config.lora.rank, config.lora.alpha, config.family.lora_prefix)

@@ -16,7 +16,6 @@ from tiny import write_encoded
 from fastdmd import config as configs
 from fastdmd.config import Config
 from fastdmd.methods.method import TRAINABLE
-from fastdmd.models import folder
 from fastdmd.models.family import FAMILIES, GUIDANCE_EMBEDDING
 from fastdmd.models.sdxl import SDXLConfig
 from fastdmd.models.sdxl_folder import Noise
@@ -153,12 +152,12 @@ def test_its_student_can_be_exported(path, extra):
     """diffusers has a scheduler whose steps are the student's."""
     config = configs.load(path, extra)
     method = config.make_method()
-    if method.times is None or not method.renoises:
-        return
-    if config.model.family == "wan2.1":
-        folder.lcm_scheduler_config(method.times.tolist())
-    else:
-        assert config.make_schedule().model_t(method.times)[0] == 999
+    times = method.times.tolist() if method.times is not None and method.renoises else None
+    scheduler = config.family.make_scheduler(times, config.make_schedule(), None)
+    if times:
+        scheduler.set_timesteps(len(times))
+        index = scheduler.timesteps + (config.model.family == "sdxl")
+        assert index.tolist() == pytest.approx([1000 * t for t in times], abs=1e-3)
 
 
 def test_adapters_of_lcm_lora_are_as_many_as_the_published():

@@ -153,17 +153,11 @@ def test_scheduler_refuses_other_lists(timesteps):
     assert "\n" not in str(e.value)
 
 
-def test_export_of_steps_that_do_not_fit_writes_nothing(tmp_path):
-    net = Wan(TINY)
-    with pytest.raises(ValueError, match="denoising_timesteps"):
-        folder.export(tmp_path / "out", net.config, net.state_dict(), [1, 0.9, 0.5, 0.25], 3.0, tmp_path)
-    assert not (tmp_path / "out").exists()
-
-
 def test_many_step_export_solves_on_our_grid(tmp_path):
     """One shift: 50 steps of the stock solver are where ours are. Two shifts would be 0.05 off."""
     net = Wan(TINY)
-    folder.export(tmp_path, net.config, net.state_dict(), None, 3.0, None)
+    many = folder.make_scheduler(None, FlowSchedule(3.0), None)
+    folder.export(tmp_path, net.config, net.state_dict(), many, None)
     scheduler = UniPCMultistepScheduler.from_pretrained(tmp_path, subfolder="scheduler")
     scheduler.set_timesteps(50)
     assert (scheduler.sigmas - FlowSchedule(3.0).solver_grid(50)).abs().max() < 5e-3

@@ -230,20 +230,38 @@ def test_the_grid_is_that_of_lcm():
     assert short.model_t(short.solver_grid(2)).tolist() == [3, 1, 0]
 
 
-def test_steps_of_an_lcm_student():
-    scheduler = sdxl_folder.lcm_scheduler(Noise())
-    assert isinstance(scheduler, LCMScheduler)
-    scheduler.set_timesteps(4)
-    assert scheduler.timesteps.tolist() == [999, 759, 499, 259]
+@pytest.mark.parametrize(
+    ("timesteps", "solver_steps"),
+    [
+        ([1000], 50),
+        ([1000, 760, 500, 260], 50),
+        ([1000, 750, 500, 250], 4),
+        ([1000, 800, 600, 400, 200], 50),
+        ([1000, 760, 520, 280], 25),
+    ],
+)
+def test_scheduler_takes_the_students_steps(timesteps, solver_steps, tmp_path):
+    sdxl_folder.lcm_scheduler(Noise(), [t / 1000 for t in timesteps]).save_pretrained(tmp_path)
+    scheduler = LCMScheduler.from_pretrained(tmp_path)
+    scheduler.set_timesteps(len(timesteps))
+    assert scheduler.timesteps.tolist() == [t - 1 for t in timesteps]
+    assert scheduler.config.original_inference_steps == solver_steps
     assert scheduler.config.timestep_scaling == 10.0
     assert {key: scheduler.config[key] for key in asdict(Noise())} == asdict(Noise())
+
+
+@pytest.mark.parametrize("timesteps", [[1000, 900, 500, 250], [1000, 600, 320, 200], [1000, 750.4, 500, 240]])
+def test_scheduler_refuses_other_lists(timesteps):
+    with pytest.raises(ValueError, match=r"^method.denoising_timesteps = \[1000.*e\.g\. \[1000, 750, 500, 250\]") as e:
+        sdxl_folder.lcm_scheduler(Noise(), [t / 1000 for t in timesteps])
+    assert "\n" not in str(e.value)
 
 
 def test_export_copies_what_the_source_has(tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
     AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=3).save_pretrained(source / "vae")
     (source / "model_index.json").write_text(json.dumps({"vae": ["diffusers", "AutoencoderTiny"]}))
-    sdxl_folder.export(out, TINY, SDXL(TINY).state_dict(), sdxl_folder.lcm_scheduler(Noise()), source)
+    sdxl_folder.export(out, TINY, SDXL(TINY).state_dict(), sdxl_folder.lcm_scheduler(Noise(), [1.0, 0.5]), source)
     index = json.loads((out / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionXLPipeline"
     assert index["scheduler"] == ["diffusers", "LCMScheduler"]

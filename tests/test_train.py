@@ -270,3 +270,31 @@ def test_a_run_is_reopened_at_its_newest_checkpoint(tmp_path):
     assert again.step == 2
     assert again.folder == tmp_path / "moved"
     assert_same(weights(again), weights(run))
+
+
+def test_the_first_validation_is_before_training_and_there_is_one(tmp_path, monkeypatch):
+    """Also after a kill before the first checkpoint."""
+    config = make_config(tmp_path, "dmd", "validation.every=4")
+    untrained = evaluate.validation_sample(train.build(config), "student")[1]
+
+    def take_step(run: Run) -> dict[str, float]:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "take_step", take_step)
+        with pytest.raises(RuntimeError, match="killed"):
+            train.train(config)
+    run = train.train(config)
+    found = [row for row in read_metrics(run.folder / "metrics.jsonl") if "valid/swd" in row]
+    assert [row["step"] for row in found] == [0, 4]
+    assert found[0] == {"step": 0, **{f"valid/{name}": score for name, score in untrained.items()}}
+    assert found[1]["valid/swd"] != found[0]["valid/swd"]
+    assert (run.folder / "samples" / "step_00000000" / "00.webp").is_file()
+
+
+@pytest.mark.parametrize("method", ["dmd", "sdxl_dmd"])
+def test_steps_that_cannot_be_exported_are_told_before_training(tmp_path, method):
+    config = make_config(tmp_path, method, "method.denoising_timesteps=[1000, 900, 500, 250]")
+    with pytest.raises(ValueError, match=r"^method.denoising_timesteps = \[1000.*are not"):
+        train.train(config)
+    assert not (tmp_path / "run").exists()

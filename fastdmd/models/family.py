@@ -40,8 +40,10 @@ class Family:
     read_config: Callable[[Path], Any]
     make: Callable[[Any, Options], Any]  # random weights, on torch's current device
     load: Callable[[Path, torch.device, Options], Any]
-    # (out, architecture, weights, the student's times or None, schedule, folder of the frozen parts)
-    export: Callable[[Path, Any, Mapping[str, Tensor], Sequence[float] | None, Any, Path | None], None]
+    # (a re-noising student's times or None, schedule, folder of the frozen parts) -> diffusers'; ValueError for none
+    make_scheduler: Callable[[Sequence[float] | None, Any, Path | None], Any]
+    # (out, architecture, weights, scheduler, folder of the frozen parts)
+    export: Callable[[Path, Any, Mapping[str, Tensor], Any, Path | None], None]
     lora_prefix: str  # of names in a file of adapters
 
 
@@ -77,9 +79,8 @@ FAMILIES: Mapping[str, Family] = {
         read_config=wan_folder.read_config,
         make=_make_wan,
         load=_load_wan,
-        export=lambda out, config, weights, times, schedule, source: wan_folder.export(
-            out, config, weights, times, schedule.flow_shift, source
-        ),
+        make_scheduler=wan_folder.make_scheduler,
+        export=wan_folder.export,
         lora_prefix="transformer.",
     ),
     "sdxl": Family(
@@ -92,9 +93,8 @@ FAMILIES: Mapping[str, Family] = {
         read_config=sdxl_folder.read_config,
         make=_make_sdxl,
         load=_load_sdxl,
-        export=lambda out, config, weights, times, schedule, source: sdxl_folder.export(
-            out, config, weights, sdxl_folder.make_scheduler(times is not None, source), source
-        ),
+        make_scheduler=sdxl_folder.make_scheduler,
+        export=sdxl_folder.export,
         lora_prefix="",  # the names have "unet." already
     ),
 }

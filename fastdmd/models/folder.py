@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastdmd.models import component
 from fastdmd.models.wan import Wan, WanConfig
+from fastdmd.schedule import FlowSchedule
 from fastdmd_kernels.tiles import Grid
 
 # keys of diffusers' config.json that fastdmd's Wan fixes, with the value it has
@@ -120,28 +121,22 @@ def lcm_scheduler_config(times: Sequence[float]) -> dict[str, Any]:
     return settings(shift)
 
 
-def export(
-    folder: Path,
-    config: WanConfig,
-    weights: Mapping[str, Tensor],
-    times: Sequence[float] | None,
-    flow_shift: float,
-    source: Path | None,
-) -> None:
-    """A diffusers pipeline folder; text encoder, tokenizer and VAE are copied from `source` where it has them.
-
-    Its scheduler takes the few re-noising steps of a student at `times`; without times it is Wan's many-step solver.
-    """
-    from diffusers import __version__
+def make_scheduler(times: Sequence[float] | None, schedule: FlowSchedule, source: Path | None) -> Any:
+    """diffusers' scheduler of a student that re-noises at `times`; without times Wan's own, of many steps."""
     from diffusers.schedulers.scheduling_flow_match_lcm import FlowMatchLCMScheduler
     from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
-    if times is None:
-        # Wan's own; FlowMatchEulerDiscreteScheduler would shift its grid twice
-        flow: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": flow_shift}
-        scheduler = UniPCMultistepScheduler(**flow)
-    else:
-        scheduler = FlowMatchLCMScheduler(**lcm_scheduler_config(times))
+    if times is not None:
+        return FlowMatchLCMScheduler(**lcm_scheduler_config(times))
+    # FlowMatchEulerDiscreteScheduler would shift its grid twice
+    flow: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    return UniPCMultistepScheduler(**flow, flow_shift=schedule.flow_shift)
+
+
+def export(folder: Path, config: WanConfig, weights: Mapping[str, Tensor], scheduler: Any, source: Path | None) -> None:
+    """A diffusers pipeline folder; text encoder, tokenizer and VAE are copied from `source` where it has them."""
+    from diffusers import __version__
+
     save(folder, config, weights)
     scheduler.save_pretrained(folder / "scheduler")
     index: dict[str, object] = {"_class_name": "WanPipeline", "_diffusers_version": __version__}

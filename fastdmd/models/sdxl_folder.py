@@ -1,6 +1,6 @@
 """Diffusers folders of SDXL: the UNet in and out with no key map, the noise table, and a pipeline that others open."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -128,17 +128,30 @@ def ddim_scheduler(noise: Noise) -> Any:
     return DDIMScheduler(**asdict(noise), clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing")
 
 
-def lcm_scheduler(noise: Noise, original_inference_steps: int = 50) -> Any:
-    """diffusers' sampler of an LCM student that was trained on a solver of `original_inference_steps`."""
+def lcm_scheduler(noise: Noise, times: Sequence[float]) -> Any:
+    """The `LCMScheduler` whose steps are `times` (descending, in (0, 1], first 1); ValueError when there is none.
+
+    It takes every k-th step of an even solver from 1, so one number is free: the solver's steps, 50 for LCM's own.
+    """
     from diffusers.schedulers.scheduling_lcm import LCMScheduler
 
-    return LCMScheduler(**asdict(noise), original_inference_steps=original_inference_steps)
+    most = noise.num_train_timesteps
+    wanted = [round(t * most) - 1 for t in times]
+    for steps in (50, *range(len(times), most + 1)):
+        scheduler: Any = LCMScheduler(**asdict(noise), original_inference_steps=steps)
+        scheduler.set_timesteps(len(times))
+        if scheduler.timesteps.tolist() == wanted:
+            return scheduler
+    raise ValueError(
+        f"method.denoising_timesteps = {[round(1000 * t, 3) for t in times]} are not steps of diffusers' LCMScheduler; "
+        f"even ones are, e.g. {[round(1000 - 1000 * n / len(times)) for n in range(len(times))]}"
+    )
 
 
-def make_scheduler(few: bool, source: Path | None) -> Any:
-    """diffusers' scheduler for the noise of `source`: an LCM student's few steps, or many."""
+def make_scheduler(times: Sequence[float] | None, schedule: VPSchedule, source: Path | None) -> Any:
+    """diffusers' scheduler of a student that re-noises at `times`, or of many steps, for the noise of `source`."""
     noise = read_noise(source) if source else Noise()
-    return lcm_scheduler(noise) if few else ddim_scheduler(noise)
+    return ddim_scheduler(noise) if times is None else lcm_scheduler(noise, times)
 
 
 def export(
