@@ -274,8 +274,6 @@ def _check_family(config: Config) -> Problems:
             yield f"model.attention.{role}", "video sparse attention is Wan's; remove the key"
     if config.method.name == "dcm":
         yield "method.name", "'dcm' is for flow models such as Wan; use dmd, sid or lcm"
-    elif "heads" in config.method.roles.values():
-        yield "method.gan_weight", "the discriminator judges by Wan's blocks, and SDXL has none; use 0"
     if isinstance(config.method, Flow.Config) and config.method.frames_per_block is not None:
         yield "method.frames_per_block", "SDXL makes images, of one frame; remove the key"
     if config.rollout and config.rollout.mode == "causal":

@@ -1,7 +1,6 @@
 """Three 2-layer perceptrons as student, teacher and critic: every method runs on them in milliseconds."""
 
 from collections.abc import Collection, Iterable
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -53,7 +52,7 @@ class Deep(MLP):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(100 + seed)
             self.blocks = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
-        self.config = SimpleNamespace(width=8)
+        self.widths = (8, 8, 8)
 
     def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond) -> Tensor:
         return self.features(x_t, model_t, cond, ())[0]

@@ -65,6 +65,39 @@ def test_equals_the_stock_call(config):
     torch.testing.assert_close(F, reference, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_features_are_what_the_next_block_is_given(checkpointing):
+    """Of two blocks down, the middle and two up; F, and the gradient through the maps, whether recomputed or not."""
+    ours, theirs = randomized(SDXL(TINY)).train(), stock(TINY)
+    theirs.load_state_dict(ours.unet.state_dict())
+    ours.checkpointing = checkpointing
+    x_t, model_t, cond = inputs(TINY)
+    given: list[Tensor] = []
+
+    def look(block: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given.append(named["hidden_states"] if "hidden_states" in named else args[0])
+
+    for block in (theirs.down_blocks[1], theirs.mid_block, *theirs.up_blocks, theirs.conv_norm_out):
+        block.register_forward_pre_hook(look, with_kwargs=True)
+    added = {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
+    x_ref = x_t.clone().requires_grad_()
+    reference = theirs(x_ref, model_t.long(), cond.text, added_cond_kwargs=added, return_dict=False)[0]
+    x_t.requires_grad_()
+    F, maps = ours.features(x_t, model_t, cond, (0, 1, 2, 3, 4))
+    torch.testing.assert_close(F, reference, rtol=0, atol=0)
+    assert tuple(x.shape[1] for x in maps) == ours.widths == (8, 16, 16, 16, 8)
+    for found, wanted in zip(maps, given, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    weights = [torch.randn_like(x) for x in maps]
+    [found], [wanted] = (
+        torch.autograd.grad(sum((w * m).sum() for w, m in zip(weights, each, strict=True)), x)
+        for each, x in ((maps, x_t), (given, x_ref))
+    )
+    torch.testing.assert_close(found, wanted)
+    assert len(ours.features(x_t, model_t, cond, (2,))[1]) == 1
+    assert not any(block._forward_hooks for block in ours.blocks)
+
+
 def test_the_defaults_are_sdxl():
     """The architecture that Stability published, 2,567,463,684 parameters."""
     with torch.device("meta"):

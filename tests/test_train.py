@@ -34,6 +34,9 @@ RUNS = {
     "adapters": ("lcm_lora",),
     "sdxl told its guidance": ("sdxl_lcm",),
     "dmd with a discriminator": ("dmd", "method.gan_weight=0.1", "method.gan_layers=[0]", "optim.disc.lr=1e-3"),
+    "sdxl dmd with a discriminator": (
+        *("sdxl_dmd", "method.gan_weight=0.1", "method.gan_layers=[1, 2]", "optim.disc.lr=1e-3"),
+    ),
     "dcm": ("dcm",),
     "dcm, detail expert": ("dcm", *DETAIL),
 }

@@ -128,7 +128,7 @@ alpha = 4.0
 targets = ["to_q", "to_v"]
 """
 SDXL_LCM = of_images(LCM).replace("guidance = 2.0", "guidance = 2.0\nguidance_embedding = true")
-SDXL_DMD = of_images(DMD)
+SDXL_DMD = of_images(DMD).replace("[1000, 757, 522]", "[1000, 750, 500]")
 TEXTS = {
     "flow": FLOW,
     "dmd": DMD,

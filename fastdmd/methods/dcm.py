@@ -133,7 +133,7 @@ class DCM(Method):
 
     def layers(self, nets: Nets) -> tuple[int, ...]:
         """The teacher's blocks that the discriminator judges by."""
-        return self.config.disc_layers or tuple(range(0, len(nets["teacher"].net.blocks), 2))
+        return self.config.disc_layers or tuple(range(0, len(nets["teacher"].net.widths), 2))
 
     def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng, carry: Carry) -> Loss:
         """`trains` keeps the discriminator's parameters out of the student's gradient."""

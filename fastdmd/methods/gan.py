@@ -56,10 +56,10 @@ def layer_problems(key: str, layers: Sequence[int]) -> Iterator[tuple[str, str]]
 
 def make_heads(denoiser: Denoiser, layers: Sequence[int], key: str) -> Heads:
     """For the maps after the blocks `layers`; ValueError, with the key that they come from, when one is not there."""
-    blocks = len(denoiser.net.blocks)
-    if absent := [i for i in layers if not 0 <= i < blocks]:
-        raise ValueError(f"{key}: no block {', '.join(map(str, absent))} in the network; use 0 to {blocks - 1}")
-    return Heads([denoiser.net.config.width] * len(layers))
+    widths = denoiser.net.widths
+    if absent := [i for i in layers if not 0 <= i < len(widths)]:
+        raise ValueError(f"{key}: no block {', '.join(map(str, absent))} in the network; use 0 to {len(widths) - 1}")
+    return Heads(widths[i] for i in layers)
 
 
 def hinge_d(fake: Sequence[Tensor], real: Sequence[Tensor]) -> Tensor:

@@ -4,7 +4,7 @@ B batch, C channel, H W space, S text tokens, D cross_attention_dim, P pooled_di
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdmd.denoiser import Cond
+from fastdmd.schedule import wide
 
 UP = {"DownBlock2D": "UpBlock2D", "CrossAttnDownBlock2D": "CrossAttnUpBlock2D"}
 # keys of diffusers' config.json that fastdmd's SDXL fixes, with the value it has
@@ -155,6 +156,37 @@ class SDXL(nn.Module):
             if name.rpartition(".")[0].endswith((".conv2", ".proj_out", ".conv_out")):
                 parameter.zero_()
         return self
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Those that go down, the middle one, those that go up."""
+        return [*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels after each block."""
+        widths = self.config.block_out_channels
+        return *widths, widths[-1], *reversed(widths)
+
+    def features(
+        self, x_t: Tensor, model_t: Tensor, cond: Cond, layers: Collection[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """F, and the hidden states [B, D, H', W'] (float32) after the blocks of these indices, each on its own grid."""
+        found: dict[int, Tensor] = {}
+
+        def keep(index: int) -> Callable[..., None]:
+            def hook(block: nn.Module, inputs: object, out: Any) -> None:
+                found[index] = out[0] if isinstance(out, tuple) else out  # a block that goes down also gives its skips
+
+            return hook
+
+        hooks = [self.blocks[index].register_forward_hook(keep(index)) for index in layers]
+        try:
+            F = self(x_t, model_t, cond)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return F, [wide(found[index]) for index in sorted(found)]
 
     def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond) -> Tensor:
         dtype = self.unet.conv_in.weight.dtype

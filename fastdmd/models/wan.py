@@ -283,6 +283,11 @@ class Wan(nn.Module):
             )
         return T // pt, H // ph, W // pw
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels after each block."""
+        return (self.config.width,) * self.config.num_layers
+
     def sparse(self, grid: Grid) -> Sparse | None:
         """What sparse attention needs to know of a grid; None when attention is dense."""
         if self.tile is None:
