@@ -258,11 +258,7 @@ def _check_family(config: Config) -> Problems:
         if config.method.guidance_embedding:
             yield "method.guidance_embedding", "Wan has no guidance embedding; remove the key"
         return
-    if config.model.path and (Path(config.model.path) / config.family.component).is_dir():
-        try:
-            sdxl_folder.make_schedule(Path(config.model.path))
-        except ValueError as e:
-            yield "model.path", str(e)
+    yield from _check_noise(config)
     if config.rollout and config.rollout.grad_frames is not None:
         yield "rollout.grad_frames", "SDXL makes images, of one frame; remove the key"
     if config.schedule is not None:
@@ -278,6 +274,26 @@ def _check_family(config: Config) -> Problems:
         yield "method.frames_per_block", "SDXL makes images, of one frame; remove the key"
     if config.rollout and config.rollout.mode == "causal":
         yield "rollout.mode", "'causal' makes videos block by block, and SDXL images; use 'bidirectional'"
+
+
+def _check_noise(config: Config) -> Problems:
+    """SDXL's folders against each other: all networks of a run are told the same noise."""
+    noises: dict[str, sdxl_folder.Noise] = {}
+    for key, path in dict(map(config.role_source, config.method.roles)).items():
+        folder = Path(path or "")
+        if (
+            path
+            and (folder / config.family.component).is_dir()
+            and (key == "model.path" or (folder / "scheduler").is_dir())
+        ):
+            try:
+                noises[key] = sdxl_folder.read_noise(folder)
+            except ValueError as e:
+                yield key, str(e)
+    ours = noises.get("model.path")
+    for key, noise in noises.items():
+        if ours and noise != ours:
+            yield key, f"its scheduler/ has {noise}, and that of model.path {ours}; name an SDXL with the same noise"
 
 
 def _check_lora(config: Config) -> Problems:

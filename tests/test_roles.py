@@ -164,6 +164,14 @@ def test_sdxl_has_noise_in_its_folder_and_no_frames(tmp_path):
     with pytest.raises(configs.ConfigError, match=r"rollout\.grad_frames: SDXL makes images"):
         configs.load(path, ["rollout.grad_frames=1"])
     assert configs.load(path).make_schedule().flow_shift == 1
+    other = shutil.copytree(tmp_path / "sdxl", tmp_path / "other")
+    scheduler = other / "scheduler" / "scheduler_config.json"
+    assert configs.load(path, [f"teacher.path='{other}'"]).teacher
+    scheduler.write_text(scheduler.read_text().replace('"epsilon"', '"v_prediction"'))
+    with pytest.raises(
+        configs.ConfigError, match=r"teacher\.path: its scheduler/ has .*v_prediction.*model\.path .*epsilon"
+    ):
+        configs.load(path, [f"teacher.path='{other}'"])
     shutil.rmtree(tmp_path / "sdxl" / "scheduler")
     with pytest.raises(configs.ConfigError, match=r"model\.path: .* has no scheduler/scheduler_config\.json"):
         configs.load(path)
