@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -46,22 +46,32 @@ def prove(chain: Sequence[Path], threads: int, here: Line, results: Path) -> Non
     """Train (or finish) the configurations of a chain, in a process of its own, and append their lines."""
     torch.set_num_threads(threads)
     for path in chain:
-        config = configs.load(path)
-        folder = Path(config.run.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "proof.log").open("a", encoding="utf-8") as log, redirect_stderr(log):
-            trainer.train(config)
-        if path.stem in STARTS_FROM.values():
-            trainer.export_student(folder, folder / EXPORT)
+        try:
+            config = configs.load(path)
+            folder = Path(config.run.output_dir)
+            refuse_other_recipe(folder, config)
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / "proof.log").open("a", encoding="utf-8") as log, redirect_stderr(log):
+                trainer.train(config)
+            if path.stem in STARTS_FROM.values():
+                trainer.export_student(folder, folder / EXPORT)
+        except Exception as error:
+            error.add_note(f"{path.stem} failed")
+            raise
         line = {"config": path.stem, **json.loads((folder / "summary.json").read_text(encoding="utf-8")), **here}
         start = read_metrics(folder / "metrics.jsonl", 0)[0]
         line["scores"]["start"] = {name: start[f"valid/{name}"] for name in ("oracle", "swd")}
         append([results], "proof.jsonl", {**line, "command": f"python -m bench.proof configs/{path.name}"})
 
 
-def watch(running: dict[Future[None], list[Path]], paths: Sequence[Path]) -> list[str]:
-    """Show how far all are together until all are done. -> what failed, with its traceback."""
-    runs = [tomllib.loads(path.read_text(encoding="utf-8"))["run"] for path in paths]
+def refuse_other_recipe(folder: Path, config: configs.Config) -> None:
+    """A finished run of an older recipe would be recorded as one of this."""
+    if (path := folder / "config.toml").exists() and path.read_text(encoding="utf-8") != configs.dump(config):
+        raise ValueError(f"{folder} is a run of another configuration; remove it")
+
+
+def watch(running: Collection[Future[None]], runs: Sequence[Line]) -> list[BaseException]:
+    """Show how far all are together until all are done. -> what failed."""
     total = sum(run["max_steps"] for run in runs)
 
     def steps() -> int:
@@ -71,8 +81,7 @@ def watch(running: dict[Future[None], list[Path]], paths: Sequence[Path]) -> lis
     with Progress("step", total, steps()) as progress:
         while wait(running, timeout=2).not_done:
             progress.show(min(steps(), total - 1), f"{sum(not future.done() for future in running)} to go")
-    errors = {chain[0].stem: future.exception() for future, chain in running.items()}
-    return [f"{name}: {''.join(format_exception(error))}" for name, error in errors.items() if error]
+    return [error for future in running if (error := future.exception())]
 
 
 def main() -> None:
@@ -82,19 +91,26 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time; default: one a core")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of proof.jsonl and proof.svg")
     arguments = parser.parse_args()
-    results = arguments.results
-    before = {line["config"]: line["seconds"] for line in newest(results)}
-    work = chains(arguments.configs, before)
+    paths, results = arguments.configs, arguments.results
+    if strange := [path.stem for path in paths if path.stem.removeprefix("tiny_") not in ORDER]:
+        parser.error(f"{', '.join(strange)}: not of the proof, which is of tiny_{', tiny_'.join(ORDER)}")
+    runs = [tomllib.loads(path.read_text(encoding="utf-8"))["run"] for path in paths]
+    work = chains(paths, {line["config"]: line["seconds"] for line in newest(results)})
     jobs = max(1, min(arguments.jobs, len(work)))
     threads = max(1, torch.get_num_threads() // jobs)
     here = {**machine(pick_device("auto")), "threads": threads, "jobs": jobs}
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(prove, chain, threads, here, results): chain for chain in work}
-        failed = watch(futures, arguments.configs)
+        try:
+            errors = watch([pool.submit(prove, chain, threads, here, results) for chain in work], runs)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    failed = ["".join(format_exception(error)) for error in errors]
     lines = newest(results)
     (results / "proof.svg").write_text(picture(lines), encoding="utf-8")
     print(table(lines))
-    if failed := [*failed, *filter(None, map(shortfall, lines))]:
+    mine = {path.stem for path in paths}
+    if failed := [*failed, *filter(None, (shortfall(line) for line in lines if line["config"] in mine))]:
         sys.exit("\n".join(failed))
 
 

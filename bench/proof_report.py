@@ -34,7 +34,8 @@ def newest(results: Path) -> list[Line]:
     """The last line of each configuration, in the order of ORDER."""
     path = results / "proof.jsonl"
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    last = {line["config"].removeprefix("tiny_"): line for line in lines}
+    # lines from before the first validation was before training say less
+    last = {line["config"].removeprefix("tiny_"): line for line in lines if "start" in line["scores"]}
     return [last[name] for name in ORDER if name in last]
 
 

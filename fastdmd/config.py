@@ -258,7 +258,6 @@ def _check_family(config: Config) -> Problems:
         if config.method.guidance_embedding:
             yield "method.guidance_embedding", "Wan has no guidance embedding; remove the key"
         return
-    yield from _check_noise(config)
     if config.rollout and config.rollout.grad_frames is not None:
         yield "rollout.grad_frames", "SDXL makes images, of one frame; remove the key"
     if config.schedule is not None:
@@ -278,6 +277,8 @@ def _check_family(config: Config) -> Problems:
 
 def _check_noise(config: Config) -> Problems:
     """SDXL's folders against each other: all networks of a run are told the same noise."""
+    if config.model.family != "sdxl":
+        return
     noises: dict[str, sdxl_folder.Noise] = {}
     for key, path in dict(map(config.role_source, config.method.roles)).items():
         folder = Path(path or "")
@@ -422,6 +423,7 @@ def _check_prompts(config: Config) -> Problems:
 
 CHECKS: dict[Callable[[Config], Problems], set[str]] = {  # by the tables that each reads
     _check_family: {"method", "model", "schedule", "data", "rollout"},
+    _check_noise: {"method", "model", "teacher", "critic"},
     _check_lora: {"student", "lora"},
     _check_unused: {"method", "teacher", "critic", "rollout", "ema"},
     _check_optim: {"method", "optim"},

@@ -52,7 +52,7 @@ class TensorBoard:
             raise ValueError(
                 "logging.backends: 'tensorboard' is not installed; pip install 'fastdmd[tensorboard]'"
             ) from None
-        last = rows[-1]["step"] if rows else 0
+        last = rows[-1]["step"] if rows else -1
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=last + 1)
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
@@ -119,8 +119,7 @@ class RunLog:
 
     def __init__(self, config: Config, folder: Path, step: int) -> None:
         self.config, self.path = config, folder / "metrics.jsonl"
-        rows = read_metrics(self.path, step)
-        self.new = not rows
+        rows = read_metrics(self.path, step) if step else []  # at 0 a run starts anew
         write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self.file = self.path.open("a", encoding="utf-8")
         self.mirrors: list[Mirror] = [MIRRORS[name](config, folder, rows) for name in config.backends]

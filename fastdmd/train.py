@@ -19,7 +19,7 @@ from fastdmd import config as configs
 from fastdmd.config import Config
 from fastdmd.data import World, make_world
 from fastdmd.denoiser import Batch, Denoiser
-from fastdmd.evaluate import finish, validate_step, validation_weights
+from fastdmd.evaluate import finish, validate_step
 from fastdmd.hardware import peak_flops, peak_memory_gb
 from fastdmd.log import Progress, RunLog
 from fastdmd.methods import Method
@@ -120,39 +120,40 @@ def set_sparsity(run: Run) -> None:
 
 def train(config: Config) -> Run:
     """Run to max_steps, from the newest checkpoint if there is one; Interrupted or Diverged stop it earlier."""
+    exported_scheduler(config)  # no days of training for a student that cannot be exported
     run = build(config)
-    exported_scheduler(run)  # no days of training for a student that cannot be exported
     checkpoint.make_folder(run.folder)
     with checkpoint.locked(run.folder):
         restore(run)
         checkpoint.write_atomic(run.folder / "config.toml", configs.dump(config))
         max_steps, peak = config.run.max_steps, peak_flops(run.device, config.precision.dtype)
-        log, progress = RunLog(config.logging, run.folder, run.step), Progress("step", max_steps, run.step)
-        with stop_on_signals(run), log, progress:
-            if config.validation.every and log.new:  # what the student's sampler alone is worth
+        log = RunLog(config.logging, run.folder, run.step)
+        with stop_on_signals(run), log:
+            if config.validation.every and run.step == 0:  # what the student's sampler alone is worth
                 validate_step(run, log)
-            while run.step < max_steps:
-                start, flops = time.perf_counter(), count_flops(run)
-                values = take_step(run)
-                seconds = time.perf_counter() - start
-                run.seconds += seconds
-                run.recent |= values
-                if run.step % config.logging.every == 0 or run.step == max_steps:
-                    mfu = (count_flops(run) - flops) / seconds / peak
-                    perf = {"perf/step_s": seconds, "perf/mfu": mfu, "perf/mem_gb": peak_memory_gb(run.device)}
-                    log.write(run.step, run.recent | perf)
-                    run.recent = {}
-                progress.show(
-                    run.step, "  ".join(f"{k.split('/')[1]} {v:.4g}" for k, v in values.items() if "loss" in k)
-                )
-                if config.validation.every and run.step % config.validation.every == 0 and run.step < max_steps:
-                    validate_step(run, log)
-                stop = run.stop  # read once: a signal may come at any moment
-                if run.step % config.checkpoint.every == 0 or run.step == max_steps or stop:
-                    log.sync()
-                    save(run)
-                if stop:
-                    raise Interrupted(f"stopped at step {run.step} of {max_steps}; checkpoint saved")
+            with Progress("step", max_steps, run.step) as progress:
+                while run.step < max_steps:
+                    start, flops = time.perf_counter(), count_flops(run)
+                    values = take_step(run)
+                    seconds = time.perf_counter() - start
+                    run.seconds += seconds
+                    run.recent |= values
+                    if run.step % config.logging.every == 0 or run.step == max_steps:
+                        mfu = (count_flops(run) - flops) / seconds / peak
+                        perf = {"perf/step_s": seconds, "perf/mfu": mfu, "perf/mem_gb": peak_memory_gb(run.device)}
+                        log.write(run.step, run.recent | perf)
+                        run.recent = {}
+                    progress.show(
+                        run.step, "  ".join(f"{k.split('/')[1]} {v:.4g}" for k, v in values.items() if "loss" in k)
+                    )
+                    if config.validation.every and run.step % config.validation.every == 0 and run.step < max_steps:
+                        validate_step(run, log)
+                    stop = run.stop  # read once: a signal may come at any moment
+                    if run.step % config.checkpoint.every == 0 or run.step == max_steps or stop:
+                        log.sync()
+                        save(run)
+                    if stop:
+                        raise Interrupted(f"stopped at step {run.step} of {max_steps}; checkpoint saved")
         # a kill may have come between save and prune
         checkpoint.prune(run.folder / "checkpoints", config.checkpoint.keep)
         finish(run)
@@ -272,11 +273,16 @@ def reopen(path: Path) -> Run:
     return run
 
 
-def exported_scheduler(run: Run) -> Any:
+def exported_scheduler(config: Config) -> Any:
     """diffusers' scheduler for the student's steps; ValueError when none has them."""
-    config, times = run.config, run.method.times if run.method.renoises else None
-    source = Path(config.model.path) if config.model.path else None
-    return config.family.make_scheduler(None if times is None else times.tolist(), run.schedule, source)
+    method = config.make_method()
+    times = method.times.tolist() if method.renoises and method.times is not None else None
+    return config.family.make_scheduler(times, config.make_schedule(), exported_from(config))
+
+
+def exported_from(config: Config) -> Path | None:
+    """The folder whose frozen parts an export copies."""
+    return Path(config.model.path) if config.model.path else None
 
 
 def export_student(path: Path, out: Path) -> None:
@@ -287,11 +293,13 @@ def export_student(path: Path, out: Path) -> None:
     run = reopen(path)
     config, net = run.config, run.nets["student"].net
     averaged = run.ema if config.validation.weights == "ema" else None
-    learned = averaged.shadow if averaged else run.optimizers["student"].masters
-    with validation_weights(run):
-        weights = merged(net) if config.lora else learned
-    source = Path(config.model.path) if config.model.path else None
-    config.family.export(out, net.config, weights, exported_scheduler(run), source)
+    weights = learned = averaged.shadow if averaged else run.optimizers["student"].masters
+    if config.lora:
+        parameters = dict(net.float().named_parameters())  # in bf16 W + B A would lose what is under W / 256 of B A
+        for name, value in learned.items():
+            parameters[name].data.copy_(value)
+        weights = merged(net)
+    config.family.export(out, net.config, weights, exported_scheduler(config), exported_from(config))
     if config.lora and not config.lora.modules:
         file = out / "pytorch_lora_weights.safetensors"
         export_lora(file, learned, config.lora.rank, config.lora.alpha, config.family.lora_prefix)

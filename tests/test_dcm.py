@@ -39,7 +39,6 @@ from fastdmd.denoiser import Batch, Cond, Denoiser
 from fastdmd.methods import dcm
 from fastdmd.methods.consistency import distance, huber
 from fastdmd.methods.dcm import DCM, Config
-from fastdmd.models import folder
 from fastdmd.rng import Rng
 from fastdmd.schedule import FlowSchedule, VPSchedule
 
@@ -396,15 +395,14 @@ def test_the_teacher_is_compared_at_the_student_s_steps(tmp_path, expert, steps)
             assert sampler(rng.normal(shape), cond, cond, rng).isfinite().all()
 
 
-def test_export_writes_no_scheduler_of_steps_that_it_does_not_know(tmp_path, monkeypatch):
-    """Diffusers' LCM scheduler re-noises between them; DMD's student does, and neither expert of DCM."""
-    written = []
-    monkeypatch.setattr(train, "peak_flops", lambda *_: 1e12)  # to measure it takes longer than the run
-    monkeypatch.setattr(folder, "export", lambda out, config, weights, times, *_: written.append(times))
-    for method in ("dcm", "dmd"):
-        run = train.train(make_config(tmp_path / method, method, "run.max_steps=1"))
-        train.export_student(run.folder, tmp_path / "out")
-    assert written == [None, [1.0, 0.757, 0.522]]
+@pytest.mark.parametrize(("method", "name"), [("dcm", "UniPCMultistepScheduler"), ("dmd", "FlowMatchLCMScheduler")])
+def test_an_export_s_scheduler_is_that_of_the_method(tmp_path, method, name):
+    """Diffusers' LCM scheduler re-noises between its steps; DMD's student does, and neither expert of DCM."""
+    scheduler = train.exported_scheduler(make_config(tmp_path, method))
+    assert type(scheduler).__name__ == name
+    if method == "dmd":
+        scheduler.set_timesteps(3)
+        assert scheduler.timesteps.tolist() == pytest.approx([1000, 757, 522], abs=1e-3)
 
 
 # ---------------------------------------------------------------------------- configuration

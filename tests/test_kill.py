@@ -26,7 +26,13 @@ from fastdmd import config as configs
 from fastdmd.log import RunLog, read_metrics
 
 COMMAND = "from fastdmd.cli import main; main()"
-SHORT = ("run.batch_size=1", "checkpoint.keep=1", "validation.samples=1", "validation.teacher_reference=false")
+SHORT = (
+    "run.batch_size=1",
+    "checkpoint.keep=1",
+    "validation.samples=1",
+    "validation.teacher_reference=false",
+    "validation.every=2",
+)
 
 forks = multiprocessing.get_context("forkserver")  # one server imports torch, which takes seconds, and forks
 forks.set_forkserver_preload(["fastdmd.train", "torch._dynamo", "pytest"])

@@ -17,6 +17,8 @@ ROWS = [{"step": step, "train/loss_student": 0.1 * step} for step in (1, 2, 3)]
 def write(folder, first: int, last: int, *backends: str, kill: bool = False) -> list[log.Mirror]:
     """The log of a run that resumes from `first` and goes to `last`; "valid/swd" has no value at step 2."""
     run = RunLog(Config(backends=backends), folder, first)
+    if first == 0:
+        run.write(0, {"valid/oracle": 0.0})
     for row in ROWS[first:last]:
         run.write(row["step"], {"train/loss_student": row["train/loss_student"]})
         if row["step"] == 2:
@@ -34,14 +36,14 @@ def steps(folder) -> list[int]:
 def test_a_resumed_run_writes_its_rows_once(tmp_path):
     write(tmp_path, 0, 3)
     whole = (tmp_path / "metrics.jsonl").read_text()
-    assert steps(tmp_path) == [1, 2, 2, 3]
-    assert json.loads(whole.splitlines()[2]) == {"step": 2, "valid/oracle": 0.5, "valid/swd": None}
+    assert steps(tmp_path) == [0, 1, 2, 2, 3]
+    assert json.loads(whole.splitlines()[3]) == {"step": 2, "valid/oracle": 0.5, "valid/swd": None}
     write(tmp_path, 2, 2)
-    assert steps(tmp_path) == [1, 2, 2]
+    assert steps(tmp_path) == [0, 1, 2, 2]
     write(tmp_path, 1, 3)
     assert (tmp_path / "metrics.jsonl").read_text() == whole
     write(tmp_path, 0, 0)
-    assert steps(tmp_path) == []
+    assert steps(tmp_path) == [0]  # of the new one: a run at 0 starts anew
 
 
 @pytest.mark.parametrize("torn", ["{", '{"step": 3, "train/loss_student": 0.30000', '{"step": 3, "a": 1.0}'])
@@ -49,10 +51,16 @@ def test_a_torn_last_line_is_dropped(tmp_path, torn):
     write(tmp_path, 0, 2)
     with (tmp_path / "metrics.jsonl").open("a") as f:
         f.write(torn)
-    assert steps(tmp_path) == [1, 2, 2]
+    assert steps(tmp_path) == [0, 1, 2, 2]
     write(tmp_path, 2, 3)
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 2, 3]
-    assert read_metrics(tmp_path / "metrics.jsonl", 1) == ROWS[:1]
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        0,
+        1,
+        2,
+        2,
+        3,
+    ]
+    assert read_metrics(tmp_path / "metrics.jsonl", 1) == [{"step": 0, "valid/oracle": 0.0}, ROWS[0]]
     assert read_metrics(tmp_path / "none.jsonl") == []
 
 
@@ -96,6 +104,7 @@ class FakeWandb(types.ModuleType):
 
 
 EXPECTED = [
+    (0, {"valid/oracle": 0.0}),
     (1, {"train/loss_student": 0.1}),
     (2, {"train/loss_student": 0.2}),
     (2, {"valid/oracle": 0.5}),
@@ -107,7 +116,7 @@ def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", wandb := FakeWandb())
     write(tmp_path, 0, 2, "wandb", kill=True)
     server = wandb.runs["run0"]
-    del server[1:]  # what the kill kept from the server
+    del server[2:]  # what the kill kept from the server
     write(tmp_path, 2, 3, "wandb")
     assert wandb.runs == {"run0": server}
     assert server == EXPECTED
@@ -140,7 +149,7 @@ def test_a_run_that_starts_anew_is_another_for_wandb(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", wandb := FakeWandb())
     write(tmp_path, 0, 3, "wandb")
     write(tmp_path, 0, 1, "wandb")
-    assert wandb.runs == {"run0": EXPECTED, "run1": EXPECTED[:1]}
+    assert wandb.runs == {"run0": EXPECTED, "run1": EXPECTED[:2]}
 
 
 @pytest.mark.parametrize("failed", [False, True])
@@ -179,9 +188,9 @@ def test_tensorboard_takes_back_the_steps_that_are_made_again(tmp_path, monkeypa
     write(tmp_path, 0, 3, "tensorboard", kill=True)
     write(tmp_path, 2, 3, "tensorboard")
     folder = str(tmp_path / "tensorboard")
-    assert [writer.start for writer in made] == [(folder, 1), (folder, 3)]
+    assert [writer.start for writer in made] == [(folder, 0), (folder, 3)]
     assert made[0].scalars == EXPECTED
-    assert made[1].scalars == EXPECTED[3:]
+    assert made[1].scalars == EXPECTED[4:]
     assert [writer.done for writer in made] == [["flush"], ["flush", "close"]]
 
 
@@ -194,7 +203,7 @@ def test_tensorboard_for_real(tmp_path):
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     losses = [(event.step, event.value) for event in board.Scalars("train/loss_student")]
     assert losses == [(row["step"], pytest.approx(row["train/loss_student"])) for row in ROWS]
-    assert [(event.step, event.value) for event in board.Scalars("valid/oracle")] == [(2, 0.5)]
+    assert [(event.step, event.value) for event in board.Scalars("valid/oracle")] == [(0, 0.0), (2, 0.5)]
     assert set(board.Tags()["scalars"]) == {"train/loss_student", "valid/oracle"}
 
 

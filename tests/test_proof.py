@@ -10,6 +10,7 @@ from tiny import write_toml
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench import proof, proof_report, record
+from fastdmd.config import ConfigError
 
 
 def paths(*names):
@@ -63,7 +64,7 @@ def test_a_proof_records_each_run_and_tells_which_failed(tmp_path, monkeypatch, 
     bad.write_text(good.read_text(encoding="utf-8").replace('"dmd"', '"did"'), encoding="utf-8")
     arguments = [str(good), str(bad), "--jobs", "2", "--results", str(tmp_path / "results")]
     monkeypatch.setattr(sys, "argv", ["proof", *arguments])
-    with pytest.raises(SystemExit, match=r"(?s)tiny_sid: .*'did'"):
+    with pytest.raises(SystemExit, match=r"(?s)'did'.*tiny_sid failed.*tiny_dmd: .*; asked"):
         proof.main()
     (line,) = map(json.loads, (tmp_path / "results" / "proof.jsonl").read_text(encoding="utf-8").splitlines())
     summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
@@ -75,3 +76,37 @@ def test_a_proof_records_each_run_and_tells_which_failed(tmp_path, monkeypatch, 
     assert "student" in (tmp_path / "run" / "proof.log").read_text(encoding="utf-8")
     assert "dmd, " in (tmp_path / "results" / "proof.svg").read_text(encoding="utf-8")
     assert capsys.readouterr().out.splitlines()[1].startswith("tiny_dmd ")
+
+
+def test_a_chain_exports_for_its_successor_and_names_what_failed(tmp_path, monkeypatch):
+    """Each configuration of a chain is recorded when it ends; a run of another recipe is not taken for this one's."""
+    monkeypatch.setattr(proof, "STARTS_FROM", {"tiny_lcm": "tiny_dmd"})
+    for name in ("dmd", "lcm"):
+        text = write_toml(tmp_path, name).read_text(encoding="utf-8").replace("/run", f"/{name}")
+        (tmp_path / f"tiny_{name}.toml").write_text(text.replace("[validation]", "[validation]\nevery = 3"))
+    chain = [tmp_path / "tiny_dmd.toml", tmp_path / "tiny_lcm.toml"]
+    edited = chain[1].read_text(encoding="utf-8")
+    chain[1].write_text(edited.replace('"lcm"', '"lcn"'), encoding="utf-8")
+    with pytest.raises(ConfigError, match="'lcn'") as e:
+        proof.prove(chain, 1, {}, tmp_path)
+    assert e.value.__notes__ == ["tiny_lcm failed"]
+    assert (tmp_path / "dmd" / proof.EXPORT / "transformer" / "config.json").is_file()
+    chain[1].write_text(edited, encoding="utf-8")
+    proof.prove(chain, 1, {}, tmp_path)
+    assert [line["config"] for line in proof_report.newest(tmp_path)] == ["tiny_dmd", "tiny_lcm"]
+    chain[1].write_text(edited.replace("max_steps = 6", "max_steps = 5"), encoding="utf-8")
+    with pytest.raises(ValueError, match="is a run of another configuration"):
+        proof.prove(chain, 1, {}, tmp_path)
+
+
+def test_lines_that_do_not_say_where_the_student_started_are_left_out(tmp_path):
+    line = {"config": "tiny_dmd", "scores": {"student": {"oracle": 1.0}}}
+    (tmp_path / "proof.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+    assert proof_report.newest(tmp_path) == []
+
+
+def test_only_configurations_of_the_proof_are_taken(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["proof", "configs/tiny_flow.toml"])
+    with pytest.raises(SystemExit, match="2"):
+        proof.main()
+    assert "tiny_flow: not of the proof" in capsys.readouterr().err

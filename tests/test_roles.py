@@ -69,6 +69,24 @@ def test_modules_can_be_trained_whole_beside_adapters(tmp_path):
     assert "proj_out.bias" in changed(before, parameters(run, "student"))
 
 
+@pytest.mark.parametrize("weights", ["ema", "student"])
+def test_an_export_of_adapters_is_merged_in_float32(tmp_path, weights):
+    """Of a student in bfloat16: its rounded weights, and the unrounded adapters that it averages or learns."""
+    run = train.train(make_config(tmp_path, "lcm_lora", "precision.compute='bf16'", f"validation.weights='{weights}'"))
+    train.export_student(run.folder, tmp_path / "out")
+    out = dict(FAMILIES["wan2.1"].load(tmp_path / "out", run.device, Options()).named_parameters())
+    start = dict(run.nets["teacher"].net.named_parameters())
+    assert run.ema
+    learned = run.ema.shadow if weights == "ema" else run.optimizers["student"].masters
+    found = {name.partition(".lora_")[0] for name in learned}
+    assert found
+    for name in found:
+        A, B = (learned[f"{name}.lora_{side}.default.weight"] for side in "AB")
+        merged = start[f"{name}.weight"].float() + 4.0 / 2 * B @ A
+        torch.testing.assert_close(out[f"{name}.weight"], merged, rtol=1e-6, atol=1e-7)
+        assert not torch.equal(merged, merged.bfloat16().float())
+
+
 @pytest.mark.parametrize("how", ["lcm_lora", "sdxl_lcm_lora"])
 def test_an_export_of_adapters_computes_what_the_student_does(tmp_path, how):
     """Merged, and beside it the adapters by themselves."""
@@ -167,6 +185,8 @@ def test_sdxl_has_noise_in_its_folder_and_no_frames(tmp_path):
     other = shutil.copytree(tmp_path / "sdxl", tmp_path / "other")
     scheduler = other / "scheduler" / "scheduler_config.json"
     assert configs.load(path, [f"teacher.path='{other}'"]).teacher
+    bare = shutil.copytree(tmp_path / "sdxl", tmp_path / "bare", ignore=shutil.ignore_patterns("scheduler"))
+    assert configs.load(path, [f"critic.path='{bare}'"]).critic
     scheduler.write_text(scheduler.read_text().replace('"epsilon"', '"v_prediction"'))
     with pytest.raises(
         configs.ConfigError, match=r"teacher\.path: its scheduler/ has .*v_prediction.*model\.path .*epsilon"

@@ -230,6 +230,10 @@ def test_the_grid_is_that_of_lcm():
     assert short.model_t(short.solver_grid(2)).tolist() == [3, 1, 0]
 
 
+def lcm(timesteps: list[float], noise: Noise = Noise()) -> LCMScheduler:  # noqa: B008
+    return sdxl_folder.lcm_scheduler(noise, [t / 1000 for t in timesteps], noise.schedule())
+
+
 @pytest.mark.parametrize(
     ("timesteps", "solver_steps"),
     [
@@ -238,10 +242,11 @@ def test_the_grid_is_that_of_lcm():
         ([1000, 750, 500, 250], 4),
         ([1000, 800, 600, 400, 200], 50),
         ([1000, 760, 520, 280], 25),
+        ([1000 - 10 * n for n in range(100)], 100),
     ],
 )
 def test_scheduler_takes_the_students_steps(timesteps, solver_steps, tmp_path):
-    sdxl_folder.lcm_scheduler(Noise(), [t / 1000 for t in timesteps]).save_pretrained(tmp_path)
+    lcm(timesteps).save_pretrained(tmp_path)
     scheduler = LCMScheduler.from_pretrained(tmp_path)
     scheduler.set_timesteps(len(timesteps))
     assert scheduler.timesteps.tolist() == [t - 1 for t in timesteps]
@@ -250,18 +255,26 @@ def test_scheduler_takes_the_students_steps(timesteps, solver_steps, tmp_path):
     assert {key: scheduler.config[key] for key in asdict(Noise())} == asdict(Noise())
 
 
-@pytest.mark.parametrize("timesteps", [[1000, 900, 500, 250], [1000, 600, 320, 200], [1000, 750.4, 500, 240]])
-def test_scheduler_refuses_other_lists(timesteps):
-    with pytest.raises(ValueError, match=r"^method.denoising_timesteps = \[1000.*e\.g\. \[1000, 750, 500, 250\]") as e:
-        sdxl_folder.lcm_scheduler(Noise(), [t / 1000 for t in timesteps])
+def test_scheduler_rounds_as_the_network_is_told():
+    """750.5 is index 750, and not 749: the half goes to the even one."""
+    assert VPSchedule([0.5] * 1000, "eps").model_t(torch.tensor([0.7505])).item() == 750
+    with pytest.raises(ValueError, match=r"750\.5"):
+        lcm([1000, 750.5, 500, 250])
+
+
+@pytest.mark.parametrize("timesteps", [[1000, 900, 500], [1000, 900, 500, 250], [1000, 900, 600, 320, 200, 100]])
+def test_scheduler_refuses_other_lists_and_names_one_that_it_takes(timesteps):
+    with pytest.raises(ValueError, match=r"^method.denoising_timesteps = \[1000.*e\.g\. \[1000") as e:
+        lcm(timesteps)
     assert "\n" not in str(e.value)
+    lcm(json.loads(str(e.value).partition("e.g. ")[2]))
 
 
 def test_export_copies_what_the_source_has(tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
     AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=3).save_pretrained(source / "vae")
     (source / "model_index.json").write_text(json.dumps({"vae": ["diffusers", "AutoencoderTiny"]}))
-    sdxl_folder.export(out, TINY, SDXL(TINY).state_dict(), sdxl_folder.lcm_scheduler(Noise(), [1.0, 0.5]), source)
+    sdxl_folder.export(out, TINY, SDXL(TINY).state_dict(), lcm([1000, 500]), source)
     index = json.loads((out / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionXLPipeline"
     assert index["scheduler"] == ["diffusers", "LCMScheduler"]

@@ -48,8 +48,7 @@ def read_noise(folder: Path) -> Noise:
     if not path.is_file():
         raise ValueError(f"{folder} has no scheduler/scheduler_config.json, which says the noise; name an SDXL")
     raw = component.read_json(path)
-    known = {f.name for f in fields(Noise)}
-    noise = Noise(**{key: value for key, value in raw.items() if key in known})
+    noise = Noise(**component.known(raw, Noise))
     for key, values in {"beta_schedule": ("scaled_linear", "linear"), "prediction_type": tuple(PREDICTIONS)}.items():
         if (value := getattr(noise, key)) not in values:
             raise ValueError(f"{path}: {key} = {value!r} is not one of {', '.join(values)}; name an SDXL")
@@ -128,30 +127,33 @@ def ddim_scheduler(noise: Noise) -> Any:
     return DDIMScheduler(**asdict(noise), clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing")
 
 
-def lcm_scheduler(noise: Noise, times: Sequence[float]) -> Any:
+def lcm_scheduler(noise: Noise, times: Sequence[float], schedule: VPSchedule) -> Any:
     """The `LCMScheduler` whose steps are `times` (descending, in (0, 1], first 1); ValueError when there is none.
 
     It takes every k-th step of an even solver from 1, so one number is free: the solver's steps, 50 for LCM's own.
     """
     from diffusers.schedulers.scheduling_lcm import LCMScheduler
 
-    most = noise.num_train_timesteps
-    wanted = [round(t * most) - 1 for t in times]
-    for steps in (50, *range(len(times), most + 1)):
+    def of(steps: int) -> Any:
         scheduler: Any = LCMScheduler(**asdict(noise), original_inference_steps=steps)
         scheduler.set_timesteps(len(times))
-        if scheduler.timesteps.tolist() == wanted:
+        return scheduler
+
+    most = noise.num_train_timesteps
+    wanted = schedule.model_t(torch.tensor(times, dtype=torch.float64)).long()
+    for steps in (50, *range(len(times), most + 1)):
+        if len(times) <= steps <= most and torch.equal((scheduler := of(steps)).timesteps, wanted):
             return scheduler
     raise ValueError(
         f"method.denoising_timesteps = {[round(1000 * t, 3) for t in times]} are not steps of diffusers' LCMScheduler; "
-        f"even ones are, e.g. {[round(1000 - 1000 * n / len(times)) for n in range(len(times))]}"
+        f"even ones are, e.g. {[round(1000 * (n + 1) / most, 3) for n in of(most).timesteps.tolist()]}"
     )
 
 
 def make_scheduler(times: Sequence[float] | None, schedule: VPSchedule, source: Path | None) -> Any:
     """diffusers' scheduler of a student that re-noises at `times`, or of many steps, for the noise of `source`."""
     noise = read_noise(source) if source else Noise()
-    return ddim_scheduler(noise) if times is None else lcm_scheduler(noise, times)
+    return ddim_scheduler(noise) if times is None else lcm_scheduler(noise, times, schedule)
 
 
 def export(

@@ -113,7 +113,7 @@ def rope_table(grid: Grid, K: int, tile: Grid | None, device: torch.device) -> T
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate interleaved channel pairs of x [B, L, N, K] by rope [2, L, 1, K]; float32 inside, dtype of x outside.
+    """Rotate interleaved channel pairs of x [B, L, N, K] by rope [2, L, 1, K]; as `wide` inside, dtype of x outside.
 
     (re, im) -> (re, im) cos + (im, re) (-sin, sin): products of whole rows, 2.8 times faster on a CPU than of every
     other channel.
