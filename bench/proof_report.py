@@ -34,8 +34,7 @@ def newest(results: Path) -> list[Line]:
     """The last line of each configuration, in the order of ORDER."""
     path = results / "proof.jsonl"
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    # lines from before the first validation was before training say less
-    last = {line["config"].removeprefix("tiny_"): line for line in lines if "start" in line["scores"]}
+    last = {line["config"].removeprefix("tiny_"): line for line in lines}
     return [last[name] for name in ORDER if name in last]
 
 
@@ -71,7 +70,7 @@ def table(lines: list[Line]) -> str:
     return "\n".join("  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-LEFT, RIGHT, TOP, ROW, KEY = 180, 700, 56, 30, 140
+LEFT, RIGHT, TOP, ROW, KEY = 180, 700, 56, 30, 156
 STYLE = """text { font: 13px sans-serif; fill: #1c1c1a } .faint { fill: #6d6d68 } .rule { stroke: #dcdcd6 }
 .between { stroke: #eab79d; stroke-width: 3 } .teacher_50 { fill: #fff; stroke: #1c1c1a; stroke-width: 1.75 }
 .teacher_few { fill: #9a9a94 } .start { fill: none; stroke: #c2410c; stroke-width: 1.75 } .student { fill: #c2410c }"""
@@ -86,8 +85,8 @@ def picture(lines: list[Line]) -> str:
     bottom = TOP + ROW * len(lines)
     parts = [f'<style>{STYLE}</style><rect width="{RIGHT + 50}" height="{bottom + 30}" fill="#fff"/>']
     for i, (who, label) in enumerate(WHO.items()):
-        parts.append(f'<circle class="{who}" cx="{LEFT - 20 + KEY * i}" cy="20" r="5.5"/>')
-        parts.append(f'<text x="{LEFT - 8 + KEY * i}" y="24.5">{label}</text>')
+        parts.append(f'<circle class="{who}" cx="{LEFT - 80 + KEY * i}" cy="20" r="5.5"/>')
+        parts.append(f'<text x="{LEFT - 68 + KEY * i}" y="24.5">{label}</text>')
     for mark in (0.0, 0.25, 0.5, 0.75, 1.0):
         parts.append(f'<path class="rule" d="M{x(mark)} {TOP - 14}V{bottom - 8}"/>')
         parts.append(f'<text class="faint" text-anchor="middle" x="{x(mark)}" y="{bottom + 10}">{mark:.0%}</text>')

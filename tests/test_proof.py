@@ -99,12 +99,6 @@ def test_a_chain_exports_for_its_successor_and_names_what_failed(tmp_path, monke
         proof.prove(chain, 1, {}, tmp_path)
 
 
-def test_lines_that_do_not_say_where_the_student_started_are_left_out(tmp_path):
-    line = {"config": "tiny_dmd", "scores": {"student": {"oracle": 1.0}}}
-    (tmp_path / "proof.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
-    assert proof_report.newest(tmp_path) == []
-
-
 def test_only_configurations_of_the_proof_are_taken(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["proof", "configs/tiny_flow.toml"])
     with pytest.raises(SystemExit, match="2"):
