@@ -123,7 +123,13 @@ def close(a: Tensor, b: Tensor) -> bool:
 CASES = [
     (name, change)
     for name in ("flow", "vp")
-    for change in [{}, *({k: v} for k, v in OVERRIDES.items()), OVERRIDES, *([VP_ONLY] if name == "vp" else [])]
+    for change in [
+        {},
+        *({k: v} for k, v in OVERRIDES.items()),
+        {"guidance_range": (1.0, 3.0)},  # from where guidance is off
+        OVERRIDES,
+        *([VP_ONLY] if name == "vp" else []),
+    ]
 ]
 
 
@@ -317,3 +323,7 @@ def test_samples_are_those_of_diffusers_lcm_scheduler(embedding, monkeypatch):
 def test_problems_name_the_key(change):
     assert [key for key, _ in Config(name="lcm", **BASE | change).problems()] == [next(iter(change))]
     assert not list(Config(name="lcm", **BASE).problems())
+
+
+def test_one_guidance_is_a_range_and_one_that_is_not_told_may_be_outside():
+    assert not list(Config(name="lcm", **BASE | {"guidance_range": (3.0, 3.0), "guidance": 20.0}).problems())

@@ -140,6 +140,17 @@ def test_causal_samples_are_those_of_the_cached_walk(tmp_path):
     assert not torch.equal(first[:, :, 2:], second[:, :, 2:])
 
 
+def test_causal_samples_hold_their_context_at_its_noise(tmp_path):
+    run = train.build(make_config(tmp_path, "causal_sid"))
+    noisy = make_config(tmp_path, "causal_sid", "rollout.context_noise=0.3").make_method()
+    cond = run.world.cond(run.world.prompts[:2])
+    noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        clean, other = (m.sample(run.nets, noise, cond, cond, two_samples()) for m in (run.method, noisy))
+    assert torch.equal(clean[:, :, :2], other[:, :, :2])
+    assert not torch.allclose(clean[:, :, 2:], other[:, :, 2:])
+
+
 @pytest.mark.parametrize(
     ("how", "student"),
     [
