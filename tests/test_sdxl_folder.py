@@ -262,7 +262,11 @@ def test_scheduler_rounds_as_the_network_is_told():
         lcm([1000, 750.5, 500, 250])
 
 
-@pytest.mark.parametrize("timesteps", [[1000, 900, 500], [1000, 900, 500, 250], [1000, 900, 600, 320, 200, 100]])
+@pytest.mark.parametrize(
+    "timesteps",
+    [[1000, 900, 500], [1000, 900, 500, 250], [1000, 900, 600, 320, 200, 100], [1000 - 16 * n for n in range(60)]],
+    ids=len,
+)
 def test_scheduler_refuses_other_lists_and_names_one_that_it_takes(timesteps):
     with pytest.raises(ValueError, match=r"^method.denoising_timesteps = \[1000.*e\.g\. \[1000") as e:
         lcm(timesteps)
