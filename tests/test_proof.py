@@ -64,9 +64,13 @@ def test_a_proof_records_each_run_and_tells_which_failed(tmp_path, monkeypatch, 
     bad.write_text(good.read_text(encoding="utf-8").replace('"dmd"', '"did"'), encoding="utf-8")
     arguments = [str(good), str(bad), "--jobs", "2", "--results", str(tmp_path / "results")]
     monkeypatch.setattr(sys, "argv", ["proof", *arguments])
-    with pytest.raises(SystemExit, match=r"(?s)'did'.*tiny_sid failed.*tiny_dmd: .*; asked"):
+    scores = {who: {"oracle": 0.5, "swd": 1.0} for who in proof_report.WHO}
+    old = {"config": "tiny_lcm", "scores": scores, "student_steps": 4, "seconds": 60.0}  # short, and not of this call
+    record.append([tmp_path / "results"], "proof.jsonl", old)
+    with pytest.raises(SystemExit, match=r"(?s)'did'.*tiny_sid failed.*tiny_dmd: .*; asked") as e:
         proof.main()
-    (line,) = map(json.loads, (tmp_path / "results" / "proof.jsonl").read_text(encoding="utf-8").splitlines())
+    assert "tiny_lcm: " not in str(e.value)
+    _, line = map(json.loads, (tmp_path / "results" / "proof.jsonl").read_text(encoding="utf-8").splitlines())
     summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
     assert line["config"] == "tiny_dmd"
     assert line["jobs"] == 2
