@@ -75,12 +75,13 @@ def watch(running: Collection[Future[None]], runs: Sequence[Line]) -> list[BaseE
     total = sum(run["max_steps"] for run in runs)
 
     def steps() -> int:
+        """All but one: the last is the scores."""
         rows = [read_metrics(Path(run["output_dir"]) / "metrics.jsonl") for run in runs]
-        return sum(found[-1]["step"] for found in rows if found)
+        return min(sum(found[-1]["step"] for found in rows if found), total - 1)
 
     with Progress("step", total, steps()) as progress:
         while wait(running, timeout=2).not_done:
-            progress.show(min(steps(), total - 1), f"{sum(not future.done() for future in running)} to go")
+            progress.show(steps(), f"{sum(not future.done() for future in running)} to go")
     return [error for future in running if (error := future.exception())]
 
 
