@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import sys
 import tomllib
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -46,18 +46,14 @@ def prove(chain: Sequence[Path], threads: int, here: Line, results: Path) -> Non
     """Train (or finish) the configurations of a chain, in a process of its own, and append their lines."""
     torch.set_num_threads(threads)
     for path in chain:
-        try:
-            config = configs.load(path)
-            folder = Path(config.run.output_dir)
-            refuse_other_recipe(folder, config)
-            folder.mkdir(parents=True, exist_ok=True)
-            with (folder / "proof.log").open("a", encoding="utf-8") as log, redirect_stderr(log):
-                trainer.train(config)
-            if path.stem in STARTS_FROM.values():
-                trainer.export_student(folder, folder / EXPORT)
-        except Exception as error:
-            error.add_note(f"{path.stem} failed")
-            raise
+        config = configs.load(path)
+        folder = Path(config.run.output_dir)
+        refuse_other_recipe(folder, config)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "proof.log").open("a", encoding="utf-8") as log, redirect_stderr(log):
+            trainer.train(config)
+        if path.stem in STARTS_FROM.values():
+            trainer.export_student(folder, folder / EXPORT)
         line = {"config": path.stem, **json.loads((folder / "summary.json").read_text(encoding="utf-8")), **here}
         start = read_metrics(folder / "metrics.jsonl", 0)[0]
         line["scores"]["start"] = {name: start[f"valid/{name}"] for name in ("oracle", "swd")}
@@ -70,8 +66,8 @@ def refuse_other_recipe(folder: Path, config: configs.Config) -> None:
         raise ValueError(f"{folder} is a run of another configuration; remove it")
 
 
-def watch(running: Collection[Future[None]], runs: Sequence[Line]) -> list[BaseException]:
-    """Show how far all are together until all are done. -> what failed."""
+def watch(running: Mapping[Future[None], Sequence[Path]], runs: Sequence[Line]) -> list[str]:
+    """Show how far all are together until all are done. -> of each chain that failed its names and its traceback."""
     total = sum(run["max_steps"] for run in runs)
 
     def steps() -> int:
@@ -82,7 +78,8 @@ def watch(running: Collection[Future[None]], runs: Sequence[Line]) -> list[BaseE
     with Progress("step", total, steps()) as progress:
         while wait(running, timeout=2).not_done:
             progress.show(steps(), f"{sum(not future.done() for future in running)} to go")
-    return [error for future in running if (error := future.exception())]
+    errors = {" -> ".join(path.stem for path in chain): future.exception() for future, chain in running.items()}
+    return [f"{names}: {''.join(format_exception(error))}" for names, error in errors.items() if error]
 
 
 def main() -> None:
@@ -96,17 +93,16 @@ def main() -> None:
     if strange := [path.stem for path in paths if path.stem.removeprefix("tiny_") not in ORDER]:
         parser.error(f"{', '.join(strange)}: not of the proof, which is of tiny_{', tiny_'.join(ORDER)}")
     runs = [tomllib.loads(path.read_text(encoding="utf-8"))["run"] for path in paths]
+    results.mkdir(parents=True, exist_ok=True)
     work = chains(paths, {line["config"]: line["seconds"] for line in newest(results)})
     jobs = max(1, min(arguments.jobs, len(work)))
     threads = max(1, torch.get_num_threads() // jobs)
     here = {**machine(pick_device("auto")), "threads": threads, "jobs": jobs}
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
-            errors = watch([pool.submit(prove, chain, threads, here, results) for chain in work], runs)
-        except BaseException:
+            failed = watch({pool.submit(prove, chain, threads, here, results): chain for chain in work}, runs)
+        finally:  # interrupted: what has not begun does not begin
             pool.shutdown(cancel_futures=True)
-            raise
-    failed = ["".join(format_exception(error)) for error in errors]
     lines = newest(results)
     (results / "proof.svg").write_text(picture(lines), encoding="utf-8")
     print(table(lines))

@@ -53,13 +53,8 @@ def test_a_torn_last_line_is_dropped(tmp_path, torn):
         f.write(torn)
     assert steps(tmp_path) == [0, 1, 2, 2]
     write(tmp_path, 2, 3)
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
-        0,
-        1,
-        2,
-        2,
-        3,
-    ]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 2, 3]
     assert read_metrics(tmp_path / "metrics.jsonl", 1) == [{"step": 0, "valid/oracle": 0.0}, ROWS[0]]
     assert read_metrics(tmp_path / "none.jsonl") == []
 

@@ -230,8 +230,8 @@ def test_the_grid_is_that_of_lcm():
     assert short.model_t(short.solver_grid(2)).tolist() == [3, 1, 0]
 
 
-def lcm(timesteps: list[float], noise: Noise = Noise()) -> LCMScheduler:  # noqa: B008
-    return sdxl_folder.lcm_scheduler(noise, [t / 1000 for t in timesteps], noise.schedule())
+def lcm(timesteps: list[float]) -> LCMScheduler:
+    return sdxl_folder.lcm_scheduler(Noise(), [t / 1000 for t in timesteps], Noise().schedule())
 
 
 @pytest.mark.parametrize(
