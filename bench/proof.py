@@ -24,8 +24,9 @@ from bench.proof_report import ORDER, RESULTS, Line, newest, picture, shortfall,
 from bench.record import REPOSITORY, append, machine
 from fastdmd import config as configs
 from fastdmd import train as trainer
+from fastdmd.device import pick_device
+from fastdmd.export import export_student
 from fastdmd.log import Progress, read_metrics
-from fastdmd.precision import pick_device
 
 STARTS_FROM = {"tiny_dcm_detail": "tiny_dcm_semantic"}  # a student that is another's export
 EXPORT = "student"  # where, in the other's run
@@ -53,7 +54,7 @@ def prove(chain: Sequence[Path], threads: int, here: Line, results: Path) -> Non
         with (folder / "proof.log").open("a", encoding="utf-8") as log, redirect_stderr(log):
             trainer.train(config)
         if path.stem in STARTS_FROM.values():
-            trainer.export_student(folder, folder / EXPORT)
+            export_student(folder, folder / EXPORT)
         line = {"config": path.stem, **json.loads((folder / "summary.json").read_text(encoding="utf-8")), **here}
         start = read_metrics(folder / "metrics.jsonl", 0)[0]
         line["scores"]["start"] = {name: start[f"valid/{name}"] for name in ("oracle", "swd")}

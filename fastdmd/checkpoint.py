@@ -3,19 +3,18 @@
 Written to a hidden folder, flushed to disk, then renamed: a folder named `step_NNNNNNNN` is complete. No pickles.
 """
 
-import fcntl
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from fastdmd.files import fsync_folder, make_folder, sha256, write_atomic
 
 MANIFEST = "manifest.json"
 
@@ -33,51 +32,6 @@ class Config:
             yield "keep", f"{self.keep} is not positive; keep at least 1"
         if self.resume not in ("latest", False) and not (Path(self.resume) / MANIFEST).is_file():
             yield "resume", f"{self.resume!r} has no {MANIFEST}; give a step_NNNNNNNN folder, 'latest' or false"
-
-
-def fsync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def make_folder(path: Path) -> None:
-    """`mkdir -p` that survives a power cut: every new entry is flushed."""
-    if not path.is_dir():
-        make_folder(path.parent)
-        path.mkdir(exist_ok=True)
-        fsync_folder(path.parent)
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One process at a time trains in a folder: two would mix their rows. A killed one's lock goes with it."""
-    with open(path / ".lock", "w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"run.output_dir = '{path}': another process trains there; stop it or name another"
-            ) from None
-        yield
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a small text file: readers see the old one or the new one."""
-    part = path.with_name(f".{path.name}.part")
-    with open(part, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
-    fsync_folder(path.parent)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def complete(folder: Path) -> list[Path]:
@@ -99,7 +53,7 @@ def save(
         save_file({key: value.detach().contiguous() for key, value in values.items()}, path)
         with open(path, "rb") as f:
             os.fsync(f.fileno())
-        files[path.name] = _sha256(path)
+        files[path.name] = sha256(path)
     write_atomic(part / MANIFEST, json.dumps({"step": step, "files": files, **state}, indent=1))
     for path in complete(folder):
         if path >= final:  # this run has resumed from before it
@@ -151,6 +105,6 @@ def load(path: Path, device: str = "cpu") -> tuple[dict[str, Any], dict[str, dic
     except (FileNotFoundError, ValueError):  # not UTF-8 and not JSON are both ValueErrors
         raise ValueError(f"{path / MANIFEST} {remedy}") from None
     for name, digest in manifest["files"].items():
-        if not (path / name).is_file() or _sha256(path / name) != digest:
+        if not (path / name).is_file() or sha256(path / name) != digest:
             raise ValueError(f"{path / name} {remedy}")
     return manifest, {Path(name).stem: load_file(path / name, device=device) for name in manifest["files"]}

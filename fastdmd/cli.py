@@ -52,7 +52,7 @@ def train(
             words = shlex.join(["fastdmd", "train", str(config), *(overrides or ()), *again])
             print(f"\n{str(e) or 'interrupted'}\nresume with: {words}", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None
-    from fastdmd.report import table
+    from fastdmd.evaluation.report import table
 
     print(table(run.folder))
     print(f"report: {run.folder / 'report.html'}")
@@ -70,8 +70,8 @@ def sample(
 ) -> None:
     """Sample videos with a run's student; writes NN.webp and latents.safetensors."""
     with user_errors():
-        from fastdmd import evaluate
-        from fastdmd.train import reopen
+        from fastdmd.evaluation import evaluate
+        from fastdmd.resume import reopen
 
         opened = reopen(run)
         folder = evaluate.write_samples(opened, who, prompt or None, out or run / "samples" / "cli", seed)
@@ -82,9 +82,9 @@ def sample(
 def evaluate_run(run: RunFolder) -> None:
     """Score a run's newest checkpoint against its teacher again; writes summary.json and report.html."""
     with user_errors():
-        from fastdmd import evaluate
-        from fastdmd.report import table
-        from fastdmd.train import reopen
+        from fastdmd.evaluation import evaluate
+        from fastdmd.evaluation.report import table
+        from fastdmd.resume import reopen
 
         evaluate.finish(reopen(run))
     print(table(run))
@@ -97,7 +97,7 @@ def export(
 ) -> None:
     """Write a run's student as a diffusers folder whose scheduler takes its own few steps (a flow model: UniPC)."""
     with user_errors():
-        from fastdmd.train import export_student
+        from fastdmd.export import export_student
 
         export_student(run, out)
     print(f"wrote {out}")

@@ -5,7 +5,7 @@ from importlib import metadata
 
 import torch
 
-from fastdmd.precision import pick_device
+from fastdmd.device import pick_device
 from fastdmd_kernels import attention, dispatch
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "safetensors", "tensorboard", "wandb")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
-from fastdmd.checkpoint import write_atomic
+from fastdmd.files import write_atomic
 
 Row = dict[str, Any]  # of metrics.jsonl: "step" and named numbers, None where a score has no value
 

@@ -1,4 +1,4 @@
-"""Which device a run is on and which number types it computes in."""
+"""Which number types a run computes in."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,16 +13,3 @@ class Config:
     @property
     def dtype(self) -> torch.dtype:
         return {"bf16": torch.bfloat16, "fp32": torch.float32}[self.compute]
-
-
-def present() -> list[str]:
-    """The devices of this machine, best first. ROCm calls itself cuda."""
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    return [*(["cuda", *gpus] if gpus else []), *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
-
-
-def pick_device(name: str) -> torch.device:
-    """ "auto" is the best one. ValueError when a named device is not there."""
-    if name != "auto" and name not in present():
-        raise ValueError(f"run.device = '{name}' is not on this machine; use 'auto'")
-    return torch.device(present()[0] if name == "auto" else name)

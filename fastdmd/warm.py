@@ -15,8 +15,8 @@ from fastdmd.config import Config
 from fastdmd.denoiser import Batch, Cond, Denoiser
 from fastdmd.methods import Method
 from fastdmd.models.lora import add_lora, lora_parameters
-from fastdmd.models.sdxl import SDXLConfig
-from fastdmd.models.wan import WanConfig
+from fastdmd.models.sdxl.net import SDXLConfig
+from fastdmd.models.wan.layers import WanConfig
 from fastdmd.rng import Rng
 
 TEXT_TOKENS = 8  # of a prompt; no kernel depends on it

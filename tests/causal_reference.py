@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from fastdmd.models.wan import Wan, WanConfig
+from fastdmd.models.wan.layers import WanConfig
+from fastdmd.models.wan.net import Wan
 from fastdmd.rng import Rng
 
 CONFIG = WanConfig(

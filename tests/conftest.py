@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny import write_toml
 
-from fastdmd.models.wan import rope_table
+from fastdmd.models.wan.layers import rope_table
 
 if not torch.cuda.is_available():
     # the kernels' tests run in triton's interpreter; read when triton is imported, which no line above does

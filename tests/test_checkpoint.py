@@ -11,7 +11,10 @@ from tiny import ARCHITECTURE, make_config, write_wan
 
 import fastdmd
 from fastdmd import checkpoint, train
-from fastdmd.models.wan import WanConfig
+from fastdmd.models.wan.layers import WanConfig
+from fastdmd.resume import restore
+from fastdmd.resume import save as save_run
+from fastdmd.run import Run, build
 
 TENSORS = {
     "student": {"weight": torch.arange(12.0).view(3, 4), "odd": torch.arange(10, dtype=torch.bfloat16)[::3]},
@@ -105,8 +108,8 @@ def test_a_run_resumes_from_what_it_names(tmp_path):
     steps = {"'latest'": 6, "false": 0, f"'{tmp_path}/run/checkpoints/step_00000004'": 4}
     train.train(make_config(tmp_path, "flow"))
     for resume, step in steps.items():
-        run = train.build(make_config(tmp_path, "flow", f"checkpoint.resume={resume}"))
-        train.restore(run)
+        run = build(make_config(tmp_path, "flow", f"checkpoint.resume={resume}"))
+        restore(run)
         assert run.step == step
 
 
@@ -121,25 +124,25 @@ def test_a_run_resumes_from_what_it_names(tmp_path):
     ],
 )
 def test_another_configuration_is_refused(tmp_path, saved, resumed, message):
-    def make(method: str, *overrides: str) -> train.Run:
+    def make(method: str, *overrides: str) -> Run:
         config = make_config(tmp_path, method, *(each for each in overrides if "=" in each))
         if "wide" in overrides:
             write_wan(tmp_path / "wan", WanConfig(**{**vars(ARCHITECTURE), "ffn_dim": 16}))
-        run = train.build(config)
+        run = build(config)
         if "no ema" in overrides:
             run.ema = None
         return run
 
     first = make(*saved)
     train.take_step(first)
-    train.save(first)
+    save_run(first)
     second = make(*resumed)
     if message is None:
-        train.restore(second)
+        restore(second)
         assert second.step == 1
         return
     with pytest.raises(ValueError, match=f"step_00000001:? {message}; resume with the configuration that it was saved"):
-        train.restore(second)
+        restore(second)
 
 
 def test_everything_is_flushed_before_it_counts(tmp_path, monkeypatch):

@@ -14,8 +14,8 @@ import torch
 from tiny import FLOW
 from typer.testing import CliRunner
 
-from fastdmd.checkpoint import locked
 from fastdmd.cli import app
+from fastdmd.files import locked
 from fastdmd_kernels import attention, dispatch
 
 COMMANDS = ("train", "sample", "eval", "export", "warm", "doctor")

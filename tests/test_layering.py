@@ -111,13 +111,13 @@ RULES = {
     methods_are_mathematics: [
         ("fastdmd.methods.dmd", "from fastdmd import optim"),
         ("fastdmd.methods.dmd", "import torch.distributed as dist"),
-        ("fastdmd.methods.dmd", "from ..models.wan import Wan"),
+        ("fastdmd.methods.dmd", "from ..models.wan.net import Wan"),
         ("fastdmd.methods.__init__", "from torch import distributed"),
         ("fastdmd.methods.__init__", "from .. import train"),
     ],
-    models_know_no_method: [("fastdmd.models.wan", "from fastdmd.methods.dmd import DMD")],
+    models_know_no_method: [("fastdmd.models.wan.net", "from fastdmd.methods.dmd import DMD")],
     libraries_of_models_stay_there: [
-        ("fastdmd.data", "from diffusers import WanPipeline"),
+        ("fastdmd.data.world", "from diffusers import WanPipeline"),
         ("fastdmd.methods.dmd", "import transformers.models"),
         ("fastdmd.train", "import peft"),
     ],
@@ -133,8 +133,8 @@ RULES = {
         ("fastdmd.checkpoint", "from pickle import dump"),
     ],
     no_option_has_a_second_default: [
-        ("fastdmd.evaluate", "w = getattr(run.config.method, 'guidance', 1.0)"),
-        ("fastdmd.evaluate", "w = self.config.get('guidance', 1.0)"),
+        ("fastdmd.evaluation.evaluate", "w = getattr(run.config.method, 'guidance', 1.0)"),
+        ("fastdmd.evaluation.evaluate", "w = self.config.get('guidance', 1.0)"),
     ],
     nothing_is_swallowed: [
         ("fastdmd.train", "try:\n    f()\nexcept:\n    raise"),
@@ -157,7 +157,7 @@ def test_the_rule_can_be_broken(rule):
 
 
 def test_all_pages_are_read():
-    some = {"fastdmd.cli", "fastdmd.methods.__init__", "fastdmd.models.wan", "fastdmd_kernels.losses"}
+    some = {"fastdmd.cli", "fastdmd.methods.__init__", "fastdmd.models.wan.net", "fastdmd_kernels.losses"}
     assert some <= set(PAGES)
 
 

@@ -12,11 +12,13 @@ from tiny import make_config, write_toml
 from torch import Tensor
 
 from fastdmd import config as configs
-from fastdmd import evaluate, train
+from fastdmd import train
+from fastdmd.evaluation import evaluate
+from fastdmd.export import export_student
 from fastdmd.models.family import FAMILIES, Options
-from fastdmd.models.wan_causal import CausalWan
+from fastdmd.models.wan.causal import CausalWan
 from fastdmd.rng import Rng
-from fastdmd.train import Run
+from fastdmd.run import Run, build
 
 
 def parameters(run: Run, role: str) -> dict[str, Tensor]:
@@ -34,7 +36,7 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 @pytest.mark.parametrize("how", ["lcm", "sdxl_lcm", "sdxl_lcm_lora"])
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 def test_a_target_is_the_student_s_average_after_every_step(tmp_path, how, compute):
-    run = train.build(make_config(tmp_path, how, f"precision.compute='{compute}'", "ema.start_step=0"))
+    run = build(make_config(tmp_path, how, f"precision.compute='{compute}'", "ema.start_step=0"))
     start = parameters(run, "target")
     assert changed(start, parameters(run, "student")) == set()
     for _ in range(2):
@@ -49,7 +51,7 @@ def test_a_target_is_the_student_s_average_after_every_step(tmp_path, how, compu
 
 @pytest.mark.parametrize("how", ["lcm_lora", "sdxl_lcm_lora"])
 def test_adapters_are_all_that_learns_and_is_kept(tmp_path, how):
-    run = train.build(make_config(tmp_path, how))
+    run = build(make_config(tmp_path, how))
     before = parameters(run, "student")
     train.take_step(run)
     moved = changed(before, parameters(run, "student"))
@@ -62,7 +64,7 @@ def test_adapters_are_all_that_learns_and_is_kept(tmp_path, how):
 
 
 def test_modules_can_be_trained_whole_beside_adapters(tmp_path):
-    run = train.build(make_config(tmp_path, "lcm_lora", 'lora.modules=["proj_out"]'))
+    run = build(make_config(tmp_path, "lcm_lora", 'lora.modules=["proj_out"]'))
     assert {"proj_out.weight", "proj_out.bias"} < set(run.optimizers["student"].masters)
     before = parameters(run, "student")
     train.take_step(run)
@@ -73,7 +75,7 @@ def test_modules_can_be_trained_whole_beside_adapters(tmp_path):
 def test_an_export_of_adapters_is_merged_in_float32(tmp_path, weights):
     """Of a student in bfloat16: its rounded weights, and the unrounded adapters that it averages or learns."""
     run = train.train(make_config(tmp_path, "lcm_lora", "precision.compute='bf16'", f"validation.weights='{weights}'"))
-    train.export_student(run.folder, tmp_path / "out")
+    export_student(run.folder, tmp_path / "out")
     out = dict(FAMILIES["wan2.1"].load(tmp_path / "out", run.device, Options()).named_parameters())
     start = dict(run.nets["teacher"].net.named_parameters())
     assert run.ema
@@ -91,7 +93,7 @@ def test_an_export_of_adapters_is_merged_in_float32(tmp_path, weights):
 def test_an_export_of_adapters_computes_what_the_student_does(tmp_path, how):
     """Merged, and beside it the adapters by themselves."""
     run = train.train(make_config(tmp_path, how, "validation.teacher_reference=false", "optim.student.lr=0.1"))
-    train.export_student(run.folder, tmp_path / "out")
+    export_student(run.folder, tmp_path / "out")
     family, batch = FAMILIES[run.config.model.family], run.world.batch(two_samples())
     w = torch.full((2,), 2.0) if run.config.method.guidance_embedding else None
     net = family.load(tmp_path / "out", run.device, run.config.role_options("student"))
@@ -108,14 +110,14 @@ def test_an_export_of_adapters_computes_what_the_student_does(tmp_path, how):
 
 def test_an_sdxl_student_opens_in_diffusers(tmp_path):
     run = train.train(make_config(tmp_path, "sdxl_lcm", "validation.teacher_reference=false"))
-    train.export_student(run.folder, tmp_path / "out")
+    export_student(run.folder, tmp_path / "out")
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "out", subfolder="unet")
     assert unet.config.time_cond_proj_dim == 256
     assert StableDiffusionXLPipeline.load_config(tmp_path / "out")["scheduler"] == ["diffusers", "LCMScheduler"]
 
 
 def test_a_causal_student_is_trained_and_sampled_block_by_block(tmp_path, monkeypatch):
-    run = train.build(make_config(tmp_path, "causal_sid"))
+    run = build(make_config(tmp_path, "causal_sid"))
     kinds = {role: isinstance(net.net, CausalWan) for role, net in run.nets.items()}
     assert kinds == {"student": True, "teacher": False, "critic": False}
     videos = []
@@ -129,7 +131,7 @@ def test_a_causal_student_is_trained_and_sampled_block_by_block(tmp_path, monkey
 
 def test_causal_samples_are_those_of_the_cached_walk(tmp_path):
     """A later block does not change an earlier one, which a bidirectional sampler would."""
-    run = train.build(make_config(tmp_path, "causal_sid"))
+    run = build(make_config(tmp_path, "causal_sid"))
     cond = run.world.cond(run.world.prompts[:2])
     noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     other = noise.clone()
@@ -141,7 +143,7 @@ def test_causal_samples_are_those_of_the_cached_walk(tmp_path):
 
 
 def test_causal_samples_hold_their_context_at_its_noise(tmp_path):
-    run = train.build(make_config(tmp_path, "causal_sid"))
+    run = build(make_config(tmp_path, "causal_sid"))
     noisy = make_config(tmp_path, "causal_sid", "rollout.context_noise=0.3").make_method()
     cond = run.world.cond(run.world.prompts[:2])
     noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -168,7 +170,7 @@ def test_options_by_role(tmp_path, how, student):
 def test_add_lora_refuses_a_name_that_is_none(tmp_path):
     config = make_config(tmp_path, "lcm_lora", 'lora.targets=["to_qq"]')
     with pytest.raises(ValueError, match=r"lora\.targets: no layer is called to_qq"):
-        train.build(config)
+        build(config)
 
 
 RECOMPUTED = {"dmd": {"student", "critic"}, "causal_sid": {"student", "teacher", "critic"}}
@@ -179,7 +181,7 @@ def test_checkpointing_recomputes_and_changes_nothing(tmp_path, how):
     """In frozen networks too, through which SiD's gradient passes."""
     read, calls = {}, {"none": Counter(), "full": Counter()}
     for memory, count in calls.items():
-        run = train.build(make_config(tmp_path / memory, how, f"memory.checkpointing='{memory}'"))
+        run = build(make_config(tmp_path / memory, how, f"memory.checkpointing='{memory}'"))
         for role, net in run.nets.items():
             # before: a recomputation ends as soon as it has what the backward wants
             net.net.blocks[0].register_forward_pre_hook(lambda *_, role=role, count=count: count.update([role]))

@@ -13,12 +13,15 @@ from tiny import DETAIL, make_config, manifest, rows, write_toml, write_wan
 from torch import Tensor
 from typer.testing import CliRunner
 
-from fastdmd import checkpoint, evaluate, train
+from fastdmd import checkpoint, train
 from fastdmd.cli import app
 from fastdmd.denoiser import Batch, Cond
+from fastdmd.evaluation import evaluate
 from fastdmd.log import RunLog, read_metrics
+from fastdmd.resume import reopen
 from fastdmd.rng import Rng
-from fastdmd.train import Diverged, Interrupted, Run
+from fastdmd.run import Run, build
+from fastdmd.train import Diverged, Interrupted
 
 RUNS = {
     "flow": ("flow",),
@@ -94,7 +97,7 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path, monkeypatch, how, stop):
 
 def test_weights_and_moments_move(tmp_path):
     """Equal bits would prove nothing of a run that stands still."""
-    run = train.build(make_config(tmp_path, "dmd"))
+    run = build(make_config(tmp_path, "dmd"))
     start = weights(run)
     train.take_step(run)
     moved = {name for name, value in weights(run).items() if not torch.equal(value, start[name])}
@@ -107,7 +110,7 @@ def test_weights_and_moments_move(tmp_path):
 
 def test_the_ema_follows_the_students_updates_only(tmp_path):
     """updates_per_generator = 2: the second step trains the critic alone."""
-    run = train.build(make_config(tmp_path, "dmd", "ema.start_step=0"))
+    run = build(make_config(tmp_path, "dmd", "ema.start_step=0"))
     assert [run.method.phases(step) for step in (0, 1)] == [("student", "critic"), ("critic",)]
     assert run.ema
     moved = []
@@ -122,7 +125,7 @@ def test_the_ema_follows_the_students_updates_only(tmp_path):
 def two_steps(here, *overrides: str) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """Metrics and weights. A large eps: Adam's sign-like step would blow up the rounding of gradients near zero."""
     eps = ("optim.student.eps=1e-2", "optim.critic.eps=1e-2", "critic.updates_per_rollout=2")
-    run = train.build(make_config(here, "dmd", *eps, *overrides))
+    run = build(make_config(here, "dmd", *eps, *overrides))
     return [train.take_step(run) for _ in range(2)], weights(run)
 
 
@@ -152,7 +155,7 @@ def test_accumulated_micro_batches_are_one_batch(tmp_path, monkeypatch):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize(("phase", "step"), [("student", 0), ("critic", 1)])
 def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path, phase, step, bad):
-    run = train.build(make_config(tmp_path, "dmd"))
+    run = build(make_config(tmp_path, "dmd"))
     for _ in range(step):
         train.take_step(run)
     name = "blocks.0.attn1.to_v.weight"
@@ -199,7 +202,7 @@ def test_a_nan_that_the_loss_hides_stops_the_run(tmp_path):
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 def test_validation_weights_are_the_ema_and_go_back(tmp_path, compute):
-    run = train.build(make_config(tmp_path, "dmd", f"precision.compute='{compute}'"))
+    run = build(make_config(tmp_path, "dmd", f"precision.compute='{compute}'"))
     for _ in range(3):
         train.take_step(run)
     before, student = weights(run), run.nets["student"].net
@@ -214,7 +217,7 @@ def test_validation_weights_are_the_ema_and_go_back(tmp_path, compute):
 
 
 def test_bfloat16_computes_and_float32_remembers(tmp_path):
-    run = train.build(make_config(tmp_path, "dmd", "precision.compute='bf16'"))
+    run = build(make_config(tmp_path, "dmd", "precision.compute='bf16'"))
     values = [train.take_step(run) for _ in range(2)]
     assert all(math.isfinite(value) for each in values for value in each.values())
     for optimizer in run.optimizers.values():
@@ -269,7 +272,7 @@ def test_summaries_have_the_same_keys(tmp_path):
 def test_a_run_is_reopened_at_its_newest_checkpoint(tmp_path):
     """Also one that was told to start anew."""
     run = train.train(make_config(tmp_path, "dmd", "run.max_steps=2", "checkpoint.resume=false"))
-    again = train.reopen(run.folder.rename(tmp_path / "moved"))
+    again = reopen(run.folder.rename(tmp_path / "moved"))
     assert again.step == 2
     assert again.folder == tmp_path / "moved"
     assert_same(weights(again), weights(run))
@@ -278,7 +281,7 @@ def test_a_run_is_reopened_at_its_newest_checkpoint(tmp_path):
 def test_the_first_validation_is_before_training_and_there_is_one(tmp_path, monkeypatch):
     """Also after a kill before the first checkpoint."""
     config = make_config(tmp_path, "dmd", "validation.every=4")
-    untrained = evaluate.validation_sample(train.build(config), "student")[1]
+    untrained = evaluate.validation_sample(build(config), "student")[1]
 
     def take_step(run: Run) -> dict[str, float]:
         raise RuntimeError("killed")

@@ -13,9 +13,11 @@ from fastdmd import config as configs
 from fastdmd.checkpoint import complete
 from fastdmd.config import Config
 from fastdmd.log import read_metrics
-from fastdmd.models import folder, sdxl_folder
-from fastdmd.models.sdxl import SDXL, SDXLConfig
-from fastdmd.models.wan import Wan, WanConfig
+from fastdmd.models.sdxl import folder as sdxl_folder
+from fastdmd.models.sdxl.net import SDXL, SDXLConfig
+from fastdmd.models.wan import folder
+from fastdmd.models.wan.layers import WanConfig
+from fastdmd.models.wan.net import Wan
 
 ARCHITECTURE = WanConfig(
     num_attention_heads=2,

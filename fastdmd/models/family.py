@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from fastdmd.denoiser import Cond
-from fastdmd.models import folder as wan_folder
-from fastdmd.models import frozen, frozen_sdxl, sdxl_folder
-from fastdmd.models.sdxl import SDXL
-from fastdmd.models.wan import Wan
-from fastdmd.models.wan_causal import CausalWan
+from fastdmd.models.sdxl import folder as sdxl_folder
+from fastdmd.models.sdxl import frozen as frozen_sdxl
+from fastdmd.models.sdxl.net import SDXL
+from fastdmd.models.wan import folder as wan_folder
+from fastdmd.models.wan import frozen
+from fastdmd.models.wan.causal import CausalWan
+from fastdmd.models.wan.net import Wan
 from fastdmd_kernels.tiles import Grid
 
 GUIDANCE_EMBEDDING = 256  # width; LCM's

@@ -1,0 +1,7 @@
+"""The configuration of a run: one complete TOML, strictly read."""
+
+from fastdmd.config.load import dump, load
+from fastdmd.config.schema import Config
+from fastdmd.config.toml import ConfigError
+
+__all__ = ["Config", "ConfigError", "dump", "load"]

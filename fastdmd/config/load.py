@@ -1,0 +1,271 @@
+"""Read, check and write the configuration of a run."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from fastdmd.config import strict, toml
+from fastdmd.config.schema import OPTIONAL_TABLES, Config, Problems
+from fastdmd.data import shapes
+from fastdmd.data.encoded import read_folders
+from fastdmd.data.table import Config as DataConfig
+from fastdmd.methods.flow import Flow
+from fastdmd.methods.method import TRAINABLE
+from fastdmd.models.sdxl import folder as sdxl_folder
+from fastdmd.rollout import Config as RolloutConfig
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read and check a whole configuration; ConfigError with all that is wrong. No weight is touched."""
+    source = toml.read(Path(path), overrides)
+    tables = strict.convert(Config, source.data, (), source)
+    if "method" in tables:
+        used = tables["method"].uses
+        tables |= {table: OPTIONAL_TABLES[table]() for table in used if tables.get(table, "wrong") is None}
+    config = Config(**{f.name: None for f in fields(Config)} | tables)  # type: ignore[arg-type]
+    for check, needs in CHECKS.items():
+        for key, message in check(config) if needs <= tables.keys() else ():
+            source.error(tuple(key.split(".")), message)
+    source.raise_errors()
+    return config
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as TOML that `load` reads back to the same Config."""
+    return strict.dump(config)
+
+
+# What no table can see alone. A check may meet values that are out of their range, as every error is told at once.
+
+
+def _check_unused(config: Config) -> Problems:
+    method = config.method
+    for table in ("teacher", "critic", "rollout"):
+        if getattr(config, table) is not None and table not in (*method.uses, *method.roles):
+            yield table, f"method '{method.name}' does not use it; remove the table"
+    if "ema" in method.roles.values() and config.ema is None:
+        yield "ema", f"method '{method.name}' follows the student's average; add the table [ema] with a decay"
+
+
+def _check_optim(config: Config) -> Problems:
+    name = config.method.name
+    trained = [role for role in TRAINABLE if role in config.method.roles]
+    for role in trained:
+        if role not in config.optim:
+            yield f"optim.{role}", f"method '{name}' trains the {role}; add the table [optim.{role}] with lr"
+    for role in config.optim:
+        if role not in trained:
+            yield f"optim.{role}", f"method '{name}' trains the {' and the '.join(trained)} only; remove the table"
+
+
+def _check_weights(config: Config) -> Problems:
+    roles, component = config.method.roles, config.family.component
+    if config.model.scratch:
+        if "teacher" in roles:
+            key, _ = config.model.scratch
+            yield key, f"method '{config.method.name}' starts from a teacher; give model.path instead"
+        return
+    what = f"a diffusers folder (the one above {component}/)"
+    for role, how in roles.items():
+        key, path = config.role_source(role)
+        if how == "heads":
+            continue
+        if path is None:
+            yield key, f"missing; the {role} needs weights: name {what}"
+        elif not (Path(path) / component / "config.json").is_file():
+            yield key, f"{path!r} has no {component}/config.json; name {what}"
+        else:
+            try:
+                config.family.read_config(Path(path))
+            except ValueError as e:
+                yield key, str(e)
+
+
+def _check_family(config: Config) -> Problems:
+    """The tables of one family against the family."""
+    if config.model.family == "wan2.1":
+        if config.schedule is None:
+            yield "schedule", "missing; a flow model needs it: add the table [schedule] with flow_shift, e.g. 5.0"
+        if config.data.frames is None:
+            yield "data.frames", "missing; Wan makes videos: write frames = 81"
+        if config.method.guidance_embedding:
+            yield "method.guidance_embedding", "Wan has no guidance embedding; remove the key"
+        return
+    if config.rollout and config.rollout.grad_frames is not None:
+        yield "rollout.grad_frames", "SDXL makes images, of one frame; remove the key"
+    if config.schedule is not None:
+        yield "schedule", "SDXL's noise is in its folder's scheduler/; remove the table"
+    if config.data.frames is not None:
+        yield "data.frames", "SDXL makes images; remove the key"
+    for role, kind in vars(config.model.attention).items():
+        if kind == "vsa":
+            yield f"model.attention.{role}", "video sparse attention is Wan's; remove the key"
+    if config.method.name == "dcm":
+        yield "method.name", "'dcm' is for flow models such as Wan; use dmd, sid or lcm"
+    if isinstance(config.method, Flow.Config) and config.method.frames_per_block is not None:
+        yield "method.frames_per_block", "SDXL makes images, of one frame; remove the key"
+    if config.rollout and config.rollout.mode == "causal":
+        yield "rollout.mode", "'causal' makes videos block by block, and SDXL images; use 'bidirectional'"
+
+
+def _check_noise(config: Config) -> Problems:
+    """SDXL's folders against each other: all networks of a run are told the same noise."""
+    if config.model.family != "sdxl":
+        return
+    noises: dict[str, sdxl_folder.Noise] = {}
+    for key, path in dict(map(config.role_source, config.method.roles)).items():
+        folder = Path(path or "")
+        if (
+            path
+            and (folder / config.family.component).is_dir()
+            and (key == "model.path" or (folder / "scheduler").is_dir())
+        ):
+            try:
+                noises[key] = sdxl_folder.read_noise(folder)
+            except ValueError as e:
+                yield key, str(e)
+    ours = noises.get("model.path")
+    for key, noise in noises.items():
+        if ours and noise != ours:
+            yield key, f"its scheduler/ has {noise}, and that of model.path {ours}; name an SDXL with the same noise"
+
+
+def _check_lora(config: Config) -> Problems:
+    if config.student.train == "lora" and config.lora is None:
+        yield "lora", "missing; student.train = 'lora' needs it: add the table [lora] with rank, alpha and targets"
+    if config.lora is not None and config.student.train != "lora":
+        yield "lora", "no role uses it; set student.train = 'lora' too, or remove the table"
+
+
+def _check_data(config: Config) -> Problems:
+    """What the data gives against what the method and the networks take."""
+    data, path, builtin = config.data, config.model.path, config.data.kind == "shapes"
+    if builtin and path and (Path(path) / "text_encoder").is_dir():
+        remedy = "name files with a prompt a line, or encoded folders"
+        yield "data.sources", f"'shapes' has no text for the text_encoder/ of {path!r}; {remedy}"
+        return
+    needs_latents = config.method.needs_latents or (config.rollout and config.rollout.mode == "data")
+    if data.kind == "prompts" and needs_latents and all(Path(source).is_file() for source in data.sources):
+        remedy = "name encoded folders, or use dmd with rollout.mode = 'bidirectional' and gan_weight = 0"
+        yield "data.sources", f"prompt files have no latents; {remedy}"
+        return
+    if not builtin and config.model.scratch:
+        key, _ = config.model.scratch
+        yield key, "random weights have no text encoder and VAE, which this data needs; give model.path instead"
+        return
+    parts = () if builtin or not path else config.family.frozen
+    if absent := [part for part in parts if not (Path(path or "") / part).is_dir()]:
+        yield "model.path", f"{path!r} has no {', '.join(absent)}, which prompts need; name a whole diffusers folder"
+    (C, *latent), what = data.latent_shape(), "'shapes'" if builtin else "the VAE"
+    needed = {"in_channels": (C, what), "out_channels": (C, what)}
+    if (widths := _text_widths(config)) and tuple(widths) != config.family.told:
+        has, told = (
+            " and ".join(name.removesuffix("_dim") for name in names) for names in (widths, config.family.told)
+        )
+        yield (
+            "data.sources",
+            f"has {has} of prompts, and {config.model.family} is told {told}; encode it for this model",
+        )
+    else:
+        needed |= {name: (width, what if builtin else "the data") for name, width in widths.items()}
+    for key, net in _architectures(config):
+        for name, (value, what) in needed.items():
+            if (given := getattr(net, name)) != value:
+                where = f"{key}.{name}" if config.model.scratch else key
+                yield where, f"{name} is {given}, and {what} needs {value}; use a network with {name} = {value}"
+        if len(latent) == len(net.grain):  # told by _check_family
+            for name, n, grain in zip(config.family.latent_axes, latent, net.grain, strict=True):
+                if grain > 0 and n % grain:
+                    yield (
+                        f"data.{name}",
+                        f"{n} latents along one side are no multiple of patch {grain}; use more or fewer",
+                    )
+
+
+def _text_widths(config: Config) -> dict[str, int]:
+    """Of prompts that the data has embedded already, by the keys of a network."""
+    if config.data.kind == "shapes":
+        return dict.fromkeys(config.family.told, shapes.TEXT_DIM)
+    if config.data.kind == "encoded":
+        with contextlib.suppress(ValueError):  # told by [data]
+            folder, *_ = read_folders(config.data.sources, config.data.latent_shape())
+            return {f"{key}_dim": shape[-1] for key, shape in folder.shapes.items() if key != "x0"}
+    return {}
+
+
+def _architectures(config: Config) -> Iterator[tuple[str, Any]]:
+    """By the key that each comes from."""
+    if config.model.scratch:
+        yield config.model.scratch
+        return
+    for key, path in dict(map(config.role_source, config.method.roles)).items():
+        with contextlib.suppress(ValueError, OSError):  # told by _check_weights
+            yield key, config.family.read_config(Path(path or ""))
+
+
+def _check_attention(config: Config) -> Problems:
+    roles = config.method.roles
+    sparse = [role for role, kind in vars(config.model.attention).items() if kind == "vsa"]
+    for role in sparse:
+        if role not in roles:
+            yield f"model.attention.{role}", f"method '{config.method.name}' has no {role}; remove the key"
+        elif config.vsa is None:
+            yield f"model.attention.{role}", "'vsa' needs the table [vsa] with a sparsity, e.g. vsa.sparsity = 0.8"
+        elif config.role_options(role).causal:
+            yield f"model.attention.{role}", "a causal rollout has no sparse attention; set it to 'dense'"
+    if config.vsa is not None and not sparse:
+        yield "vsa", "no role uses it; set model.attention.student = 'vsa' too, or remove the table"
+
+
+def _check_frames(config: Config) -> Problems:
+    rollout, frames = config.rollout or RolloutConfig(), config.data.latent_frames()
+    first = int(rollout.independent_first_frame)
+    yield from _uneven_blocks(config.data, "rollout.frames_per_block", rollout.frames_per_block, first)
+    if (kept := rollout.grad_frames) and frames > 0 and kept > frames:
+        yield "rollout.grad_frames", f"{kept} is over the {frames} latent frames; use at most {frames}"
+
+
+def _check_flow_blocks(config: Config) -> Problems:
+    if not isinstance(config.method, Flow.Config) or config.method.frames_per_block is None:
+        return
+    yield from _uneven_blocks(config.data, "method.frames_per_block", config.method.frames_per_block, 0)
+    if config.validation.teacher_guidance not in (None, 1):
+        yield "validation.teacher_guidance", "a causal flow model is sampled without guidance; remove the key"
+
+
+def _uneven_blocks(data: DataConfig, key: str, block: int | None, first: int) -> Problems:
+    """Latent frames that are not `first` and a multiple of the block."""
+    frames = data.latent_frames()
+    if block and block > 0 and frames > 0 and (frames - first) % block:
+        below = frames - (frames - first) % block
+        near = [data.frames_for(n) for n in (below, below + block) if n > 0]
+        yield (
+            "data.frames",
+            f"{data.frames} gives {frames} latent frames, not {'1 + ' * first}a multiple of {key} = {block}; "
+            f"nearest: {' or '.join(map(str, near))}",
+        )
+
+
+def _check_prompts(config: Config) -> Problems:
+    known = shapes.captions(config.data.latent_frames())
+    for prompt in config.validation.prompts if config.data.kind == "shapes" else ():
+        if prompt not in known:
+            close = strict.closest(prompt, known) or known[0]
+            yield "validation.prompts", f"{prompt!r} is not a caption of 'shapes'; e.g. {close!r}"
+
+
+CHECKS: dict[Callable[[Config], Problems], set[str]] = {  # by the tables that each reads
+    _check_family: {"method", "model", "schedule", "data", "rollout"},
+    _check_noise: {"method", "model", "teacher", "critic"},
+    _check_lora: {"student", "lora"},
+    _check_unused: {"method", "teacher", "critic", "rollout", "ema"},
+    _check_optim: {"method", "optim"},
+    _check_weights: {"method", "model", "teacher", "critic"},
+    _check_data: {"method", "model", "teacher", "critic", "rollout", "data"},
+    _check_attention: {"method", "model", "vsa", "rollout"},
+    _check_frames: {"data", "rollout"},
+    _check_flow_blocks: {"method", "data", "validation"},
+    _check_prompts: {"data", "validation"},
+}

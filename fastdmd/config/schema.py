@@ -1,0 +1,178 @@
+"""The configuration of a run: one complete TOML, a frozen dataclass for each table, each where it is used."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Union
+
+from fastdmd.checkpoint import Config as CheckpointConfig
+from fastdmd.data.table import Config as DataConfig
+from fastdmd.device import present
+from fastdmd.evaluation.validate import Config as ValidationConfig
+from fastdmd.log import Config as LogConfig
+from fastdmd.methods import METHODS, Method
+from fastdmd.methods.flow import Flow
+from fastdmd.methods.method import TRAINABLE
+from fastdmd.methods.score_distillation import CriticConfig
+from fastdmd.models.family import FAMILIES, Family, Options
+from fastdmd.models.lora import LoraConfig
+from fastdmd.models.sdxl import folder as sdxl_folder
+from fastdmd.models.sdxl.net import SDXLConfig
+from fastdmd.models.wan.layers import WanConfig
+from fastdmd.models.wan.net import VSAConfig
+from fastdmd.optim import Config as OptimConfig
+from fastdmd.optim import EMAConfig
+from fastdmd.precision import Config as PrecisionConfig
+from fastdmd.rollout import Config as RolloutConfig
+from fastdmd.schedule import FlowSchedule, Schedule
+
+if TYPE_CHECKING:
+    MethodConfig = Any
+    OptimTables = Mapping[str, OptimConfig]
+else:
+    # [method] is the table of the method that it names, and [optim.ROLE] that of a role that some method trains
+    MethodConfig = Union[tuple(method.Config for method in METHODS.values())]  # noqa: UP007
+    OptimTables = dict[Literal[TRAINABLE], OptimConfig]
+
+
+OPTIONAL_TABLES = {"critic": CriticConfig, "rollout": RolloutConfig}
+Problems = Iterator[tuple[str, str]]  # (key, what is wrong with it and what to do)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    output_dir: str
+    max_steps: int
+    batch_size: int  # of a micro-batch
+    seed: int = 0
+    grad_accum: int = 1
+    device: str = "auto"  # CUDA or ROCm, then MPS, then CPU; or a torch device
+
+    def problems(self) -> Problems:
+        for key in ("max_steps", "batch_size", "grad_accum"):
+            if getattr(self, key) < 1:
+                yield key, f"{getattr(self, key)} is not positive; use 1 or more"
+        if not 0 <= self.seed < 2**63:
+            yield "seed", f"{self.seed} leaves [0, 2^63); e.g. 0"
+        if any(p.exists() and not p.is_dir() for p in (Path(self.output_dir), *Path(self.output_dir).parents)):
+            yield "output_dir", f"{self.output_dir!r} is a file, or below one; name a folder"
+        if self.device != "auto" and self.device not in present():
+            yield "device", f"{self.device!r} is not on this machine; use {' or '.join(['auto', *present()])}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Self-attention of each role."""
+
+    student: Literal["dense", "vsa"] = "dense"
+    teacher: Literal["dense", "vsa"] = "dense"
+    critic: Literal["dense", "vsa"] = "dense"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    family: Literal["wan2.1", "sdxl"]
+    path: str | None = None  # a diffusers folder with transformer/, SDXL's with unet/
+    architecture: WanConfig | None = None  # in place of a path: random weights, method flow
+    unet: SDXLConfig | None = None  # the same for SDXL
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+
+    @property
+    def scratch(self) -> tuple[str, Any] | None:
+        """The key and the architecture of random weights, if any."""
+        key = "architecture" if self.family == "wan2.1" else "unet"
+        return None if getattr(self, key) is None else (f"model.{key}", getattr(self, key))
+
+    def problems(self) -> Problems:
+        other, meant = ("unet", "architecture") if self.family == "wan2.1" else ("architecture", "unet")
+        if getattr(self, other) is not None:
+            yield other, f"family '{self.family}' does not use it; write model.{meant}, or change the family"
+        if self.path and getattr(self, meant) is not None:
+            yield meant, "model.path has an architecture already; keep one of the two"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    train: Literal["full", "lora"] = "full"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    flow_shift: float
+
+    def problems(self) -> Problems:
+        if self.flow_shift <= 0:
+            yield "flow_shift", f"{self.flow_shift} is not positive; Wan 2.1 uses 3 or 5, and 1 is off"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    checkpointing: Literal["none", "full"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    run: RunConfig
+    model: ModelConfig
+    method: MethodConfig
+    data: DataConfig
+    schedule: ScheduleConfig | None = None  # of flow models; SDXL's noise is in its folder
+    optim: OptimTables = field(default_factory=dict)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    lora: LoraConfig | None = None
+    teacher: TeacherConfig | None = None
+    vsa: VSAConfig | None = None
+    critic: CriticConfig | None = None  # here and below: filled in when the method uses it
+    rollout: RolloutConfig | None = None
+    ema: EMAConfig | None = None
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    logging: LogConfig = field(default_factory=LogConfig)
+
+    def make_method(self) -> Method:
+        """The objective, with the tables that it uses."""
+        tables = {table: getattr(self, table) for table in self.method.uses}
+        return METHODS[self.method.name](self.method, self.make_schedule(), **tables)
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model.family]
+
+    def make_schedule(self) -> Schedule:
+        if self.schedule is not None:
+            return FlowSchedule(self.schedule.flow_shift)
+        return sdxl_folder.make_schedule(Path(self.model.path) if self.model.path else None)
+
+    def role_source(self, role: str) -> tuple[str, str | None]:
+        """The key that a role's weights come from, and the diffusers folder that it names."""
+        if role == "teacher" and self.teacher:
+            return "teacher.path", self.teacher.path
+        if role == "critic" and self.critic and self.critic.path:
+            return "critic.path", self.critic.path
+        return "model.path", self.model.path
+
+    def role_options(self, role: str) -> Options:
+        """What a role's network has beside its weights."""
+        like = "student" if role in ("target", "semantic") else role  # its average, and the student of another run
+        sparse = self.vsa is not None and vars(self.model.attention).get(like) == "vsa"
+        rolls = self.rollout is not None and self.rollout.mode == "causal"
+        rolls = rolls or (isinstance(self.method, Flow.Config) and self.method.frames_per_block is not None)
+        return Options(
+            tile=self.vsa.tile if self.vsa and sparse else None,
+            causal=rolls and like == "student",
+            guidance_embedding=like == "student" and self.method.guidance_embedding,
+        )
+
+    def role_lora(self, role: str) -> LoraConfig | None:
+        """The adapters that a role trains in place of its own weights."""
+        return self.lora if role in ("student", "target") and self.student.train == "lora" else None
+
+    def role_path(self, role: str) -> str | None:
+        return self.role_source(role)[1]

@@ -1,0 +1,1 @@
+"""Where batches come from: the built-in world, prompt files, or folders of encoded latents."""

@@ -1,0 +1,18 @@
+"""Prompt files: text with a prompt a line."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def read_prompts(sources: Sequence[str]) -> list[str]:
+    """The prompts of text files; ValueError without any."""
+    prompts: list[str] = []
+    for source in sources:
+        try:
+            lines = Path(source).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{source!r} is not UTF-8 at byte {e.start}; save the file as UTF-8") from None
+        prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"{list(sources)} hold no prompt; write a prompt a line")
+    return prompts

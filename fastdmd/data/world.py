@@ -1,0 +1,179 @@
+"""Worlds: sources of batches that can also show and score what a student makes of their prompts.
+
+A batch is a function of (seed, step, sample): the position of the sampler is the step, and resuming needs nothing else.
+B batch, C channel, T frames, H W space.
+"""
+
+from collections.abc import Sequence
+from functools import reduce
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastdmd.data import shapes
+from fastdmd.data.distances import sliced_wasserstein
+from fastdmd.data.encoded import read_folders, read_sample
+from fastdmd.data.prompts import read_prompts
+from fastdmd.data.table import Config
+from fastdmd.denoiser import Batch, Cond
+from fastdmd.models.family import Family
+from fastdmd.rng import Rng
+
+
+class World(Protocol):
+    """A source of batches that can also show and score what a student makes of its prompts."""
+
+    latent_shape: tuple[int, ...]
+    prompts: Sequence[str]
+    negative_prompt: str
+
+    def cond(self, prompts: Sequence[str]) -> Cond: ...
+
+    def batch(self, rng: Rng) -> Batch: ...
+
+    def pixels(self, x0: Tensor) -> Tensor:
+        """uint8 [B, T, H, W, 3] on the host."""
+        ...
+
+    def scores(self, x0: Tensor, prompts: Sequence[str], seed: int) -> dict[str, float | None]:
+        """{"oracle", "swd"}, None where the world cannot tell."""
+        ...
+
+
+class ShapesWorld:
+    """The built-in world: captions, places and speckle drawn for every sample; the latent is the video itself."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.config, self.device, self.negative_prompt = config, device, config.negative_prompt
+        self.latent_shape = config.latent_shape()
+        self.captions = shapes.captions(config.latent_frames())
+        n = len(self.captions)
+        # all of them, in strides: the first few, which are shown, differ in every word
+        self.prompts: Sequence[str] = [self.captions[13 * i % n] for i in range(n)]
+        self.text = shapes.embed([*self.captions, config.negative_prompt]).to(device)
+
+    def cond(self, prompts: Sequence[str]) -> Cond:
+        return self._tell(shapes.embed(list(prompts)).to(self.device))
+
+    def _tell(self, text: Tensor) -> Cond:
+        """What a network is told of text embeddings [B, S, D]."""
+        return Cond(text)
+
+    def batch(self, rng: Rng) -> Batch:
+        caption = rng.integers(len(self.captions))
+        x0 = self._render(caption, rng)
+        dropped = rng.uniform() < self.config.caption_dropout
+        uncond = torch.full_like(caption, len(self.captions))
+        rows = torch.where(dropped, uncond, caption), uncond
+        cond, other = (self._tell(self.text[row.to(self.device)]) for row in rows)
+        return Batch(cond, other, self.latent_shape, x0.to(self.device))
+
+    def _render(self, caption: Tensor, rng: Rng) -> Tensor:
+        T, (H, W) = self.config.latent_frames(), self.config.resolution
+        place = shapes.BLOCK * torch.stack([rng.integers(n // shapes.BLOCK) for n in (H, W)], dim=1)
+        return shapes.render(caption, place, rng.integers(2, (T, H, W))).view(-1, *self.latent_shape)
+
+    def pixels(self, x0: Tensor) -> Tensor:
+        return shapes.pixels(x0)
+
+    def scores(self, x0: Tensor, prompts: Sequence[str], seed: int) -> dict[str, float | None]:
+        """Share of samples with everything right, and sliced Wasserstein to as many real ones of the same captions."""
+        caption = torch.tensor([self.captions.index(prompt) for prompt in prompts])
+        real = self._render(caption, Rng(seed, 0, "reference", range(len(prompts)), "cpu"))
+        right = shapes.right(shapes.read(x0.cpu()), caption)
+        swd = sliced_wasserstein(shapes.as_video(x0.cpu()), shapes.as_video(real))
+        return {"oracle": float(right.double().mean()), "swd": swd}
+
+
+class ImageShapesWorld(ShapesWorld):
+    """The built-in world as images [C, H, W], with all that SDXL wants to be told.
+
+    Pooled text is the sum of a caption's word vectors, so that "" has zeros in both embeddings, as SDXL's uncond has.
+    """
+
+    def _tell(self, text: Tensor) -> Cond:
+        return self.config.with_size(Cond(text, text.sum(1)))
+
+
+class ModelWorld:
+    """A world in the text embeddings and latents of a diffusers folder: it shows samples, and cannot score them."""
+
+    def __init__(
+        self,
+        config: Config,
+        family: Family,
+        path: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        prompts: Sequence[str],
+    ) -> None:
+        self.config, self.family, self.path, self.device, self.dtype = config, family, path, device, dtype
+        self.prompts: Sequence[str] = prompts
+        self.latent_shape, self.negative_prompt = config.latent_shape(), config.negative_prompt
+        self.encoder = family.encoder(path, device, dtype)
+
+    def cond(self, prompts: Sequence[str]) -> Cond:
+        return self.told(self.encoder(list(prompts)))
+
+    def told(self, cond: Cond) -> Cond:
+        """What a network is told of embeddings, on the device."""
+        return self.config.with_size(cond).to(self.device)
+
+    def pixels(self, x0: Tensor) -> Tensor:
+        return self.family.decode(self.path, x0, self.device, self.dtype)
+
+    def scores(self, x0: Tensor, prompts: Sequence[str], seed: int) -> dict[str, float | None]:
+        return {"oracle": None, "swd": None}
+
+
+class PromptWorld(ModelWorld):
+    """Prompts from files, all encoded at the start; data-free."""
+
+    def __init__(self, config: Config, family: Family, path: str, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(config, family, path, device, dtype, read_prompts(config.sources))
+        self.encoded = self.encoder([*self.prompts, config.negative_prompt])  # n + 1, on the host
+
+    def batch(self, rng: Rng) -> Batch:
+        index = rng.integers(len(self.prompts))
+        dropped = rng.uniform() < self.config.caption_dropout
+        uncond = torch.full_like(index, len(self.prompts))
+        rows = torch.where(dropped, uncond, index), uncond
+        cond, other = (self.told(self.encoded.rows(row)) for row in rows)
+        return Batch(cond, other, self.latent_shape)
+
+
+class EncodedWorld(ModelWorld):
+    """Batches with latents. What is shown is encoded and decoded by the model's own text encoder and VAE."""
+
+    def __init__(self, config: Config, family: Family, path: str, device: torch.device, dtype: torch.dtype) -> None:
+        folders = read_folders(config.sources, config.latent_shape())
+        super().__init__(config, family, path, device, dtype, [p for folder in folders for p in folder.prompts])
+        self.shards = [shard for folder in folders for shard in folder.shards]
+        self.samples = sum(n for _, n in self.shards)
+        self.keys, self.uncond = list(folders[0].shapes), folders[0].uncond()
+
+    def batch(self, rng: Rng) -> Batch:
+        index = rng.integers(self.samples)
+        dropped = rng.uniform() < self.config.caption_dropout
+        read = [self.sample(i) for i in index.tolist()]
+        x0 = torch.cat([tensors.pop("x0") for tensors in read]).to(self.device).float()
+        told = [self.uncond if drop else Cond(**tensors) for tensors, drop in zip(read, dropped, strict=True)]
+        uncond = self.uncond.rows(torch.zeros_like(index))
+        return Batch(self.told(reduce(Cond.cat, told)), self.told(uncond), self.latent_shape, x0)
+
+    def sample(self, index: int) -> dict[str, Tensor]:
+        """Of all folders' samples on end: x0, text and, of SDXL, pooled, [1, ..] on the host."""
+        for shard, n in self.shards:
+            if index < n:
+                return read_sample(shard, index, self.keys)
+            index -= n
+        raise AssertionError("there are `samples` of them")
+
+
+def make_world(config: Config, family: Family, path: str | None, device: torch.device, dtype: torch.dtype) -> World:
+    """`path`: the diffusers folder with text encoder and VAE; the built-in world needs none."""
+    if config.kind == "shapes":
+        return ImageShapesWorld(config, device) if config.frames is None else ShapesWorld(config, device)
+    assert path is not None  # the configuration was checked
+    return (EncodedWorld if config.kind == "encoded" else PromptWorld)(config, family, path, device, dtype)

@@ -1,0 +1,1 @@
+"""How good a student is: samples, scores, and the report."""

@@ -1,0 +1,148 @@
+"""Diffusers folders: a Wan transformer in and out, with no key map, and a student that stock diffusers samples."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdmd.models import component
+from fastdmd.models.wan.layers import WanConfig
+from fastdmd.models.wan.net import Wan
+from fastdmd.schedule import FlowSchedule
+from fastdmd_kernels.tiles import Grid
+
+# keys of diffusers' config.json that fastdmd's Wan fixes, with the value it has
+FIXED = {
+    "qk_norm": "rms_norm_across_heads",
+    "image_dim": None,
+    "added_kv_proj_dim": None,
+    "pos_embed_seq_len": None,
+}
+FASTVIDEO_GATE = re.compile(r"^(blocks\.\d+\.)to_gate_compress\.")
+COMPONENTS = {
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
+    "tokenizer": ["transformers", "T5TokenizerFast"],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+}
+
+
+def read_config(folder: Path) -> WanConfig:
+    """The architecture of `folder/transformer`; ValueError for what is not a text-to-video Wan 2.1."""
+    raw = component.read_config(folder, "transformer", "WanTransformer3DModel", "Wan 2.1")
+    if (folder / "transformer_2").exists():
+        raise ValueError(f"{folder}: has a transformer_2/, as Wan 2.2 has; name a text-to-video Wan 2.1")
+    for key, value in FIXED.items():
+        if raw.get(key, value) != value:
+            raise ValueError(f"{folder}: transformer has {key} = {raw[key]!r}; name a text-to-video Wan 2.1")
+    given = component.known(raw, WanConfig)
+    if absent := [f.name for f in fields(WanConfig) if f.default is MISSING and f.name not in given]:
+        raise ValueError(
+            f"{folder / 'transformer' / 'config.json'} has no {', '.join(absent)}; download or save the folder again"
+        )
+    config = WanConfig(**given)
+    if config.in_channels != config.out_channels:  # the rest is an image (Wan 2.2 image-to-video has no other mark)
+        raise ValueError(
+            f"{folder}: transformer has in_channels = {config.in_channels} but out_channels = {config.out_channels}; "
+            "name a text-to-video Wan 2.1"
+        )
+    return config
+
+
+def load(
+    folder: str | Path, device: torch.device | str = "cpu", tile: Grid | None = None, kind: type[Wan] = Wan
+) -> Wan:
+    """The Wan of a diffusers folder, float32, as a `kind` of Wan; with a `tile`, its self-attention is sparse.
+
+    Gates of the sparse attention are zero where the folder has none, and are read under FastVideo's names too. A folder
+    that has them was trained with them: a dense network of it is refused.
+    """
+    folder = Path(folder)
+    with torch.device("meta"):
+        net = kind(read_config(folder), tile)
+    weights, expected = component.read_weights(folder / "transformer"), net.state_dict()
+    weights = {FASTVIDEO_GATE.sub(r"\1attn1.to_gate_compress.", name): value for name, value in weights.items()}
+    gates = {name for name in weights if ".attn1.to_gate_compress." in name}
+    if gates and tile is None:
+        raise ValueError(
+            f"{folder}: transformer has gates of video sparse attention ({min(gates)}); "
+            "set model.attention of the role that reads it to 'vsa'"
+        )
+    if not gates:
+        zeros = {name: torch.zeros(x.shape) for name, x in expected.items() if ".attn1.to_gate_compress." in name}
+        weights |= zeros
+    component.check_fit(folder / "transformer", weights, expected)
+    # a copy: tensors read on the CPU are views of the file, which may be written over while a run goes on
+    net.load_state_dict({key: x.to(device, torch.float32, copy=True) for key, x in weights.items()}, assign=True)
+    return net
+
+
+def save(folder: str | Path, config: WanConfig, weights: Mapping[str, Tensor]) -> None:
+    """Write `folder/transformer` as diffusers does."""
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    raw = {"_class_name": "WanTransformer3DModel", **FIXED, "rope_max_seq_len": 1024, **values}
+    component.write(Path(folder) / "transformer", raw, weights)
+
+
+def lcm_scheduler_config(times: Sequence[float]) -> dict[str, Any]:
+    """The `FlowMatchLCMScheduler` config whose grid is `times` (descending, in (0, 1], first 1).
+
+    Its step is the re-noising sampler. The grid is a straight line from 1, shifted and stretched to end at the last
+    time: two numbers, so three steps always fit and more fit only when they lie on such a curve. ValueError otherwise.
+    """
+    from diffusers.schedulers.scheduling_flow_match_lcm import FlowMatchLCMScheduler
+
+    def grid(shift: float) -> Tensor:
+        scheduler: Any = FlowMatchLCMScheduler(**settings(shift))
+        scheduler.set_timesteps(len(times))
+        return scheduler.timesteps.double() / 1000
+
+    def settings(shift: float) -> dict[str, Any]:
+        terminal = times[-1] if len(times) > 1 else None
+        return {"num_train_timesteps": 1000, "shift": shift, "shift_terminal": terminal}
+
+    # the interior rises with the shift
+    low, high = 1e-3, 1e3
+    for _ in range(80):
+        middle = (low * high) ** 0.5
+        if len(times) > 2 and float(grid(middle)[1]) < times[1]:
+            low = middle
+        else:
+            high = middle
+    shift = (low * high) ** 0.5 if len(times) > 2 else 1.0
+    error = float((grid(shift) - torch.tensor(times, dtype=torch.float64)).abs().max())
+    if error > 1e-6:
+        raise ValueError(
+            f"method.denoising_timesteps = {[round(1000 * t, 3) for t in times]} are not a grid of diffusers' "
+            f"FlowMatchLCMScheduler (off by {1000 * error:.3g}); three steps always are, and so are warped even lists"
+        )
+    return settings(shift)
+
+
+def make_scheduler(times: Sequence[float] | None, schedule: FlowSchedule, source: Path | None) -> Any:
+    """diffusers' scheduler of a student that re-noises at `times`; without times Wan's own, of many steps."""
+    from diffusers.schedulers.scheduling_flow_match_lcm import FlowMatchLCMScheduler
+    from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+
+    if times is not None:
+        return FlowMatchLCMScheduler(**lcm_scheduler_config(times))
+    # FlowMatchEulerDiscreteScheduler would shift its grid twice
+    flow: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    return UniPCMultistepScheduler(**flow, flow_shift=schedule.flow_shift)
+
+
+def export(folder: Path, config: WanConfig, weights: Mapping[str, Tensor], scheduler: Any, source: Path | None) -> None:
+    """A diffusers pipeline folder; text encoder, tokenizer and VAE are copied from `source` where it has them."""
+    from diffusers import __version__
+
+    save(folder, config, weights)
+    scheduler.save_pretrained(folder / "scheduler")
+    index: dict[str, object] = {"_class_name": "WanPipeline", "_diffusers_version": __version__}
+    index |= {
+        "scheduler": ["diffusers", type(scheduler).__name__],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+    }
+    component.write_index(folder, index, COMPONENTS, source)

@@ -1,0 +1,206 @@
+"""Layers of Wan, named as diffusers names them: embedders, attention, feed-forward, block; and its architecture.
+
+B batch, L tokens, D width, N heads, K head dim, S text tokens. M is 1 where one time holds for all tokens of a
+sample, L where each token has its own.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from fastdmd.schedule import wide
+from fastdmd_kernels import video_sparse_attention
+from fastdmd_kernels.attention import attention
+from fastdmd_kernels.tiles import Grid, Tiles
+
+Sparse = tuple[Tiles, int]  # the geometry, and the key tiles that each query tile keeps
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [B, L, N, K], turned by RoPE -> [B, L, N, K]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanConfig:
+    """The keys of diffusers' `transformer/config.json` that define a text-to-video Wan 2.1."""
+
+    num_attention_heads: int
+    attention_head_dim: int
+    num_layers: int
+    ffn_dim: int
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    patch_size: Grid = (1, 2, 2)
+    cross_attn_norm: bool = True
+    eps: float = 1e-6
+
+    @property
+    def width(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def grain(self) -> Grid:
+        """Latents along T, H, W have to be multiples of it."""
+        return self.patch_size
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        for name, value in vars(self).items():
+            least = min(value) if isinstance(value, tuple) else value
+            if least <= 0 and value is not False:
+                yield name, f"{list(value) if isinstance(value, tuple) else value} is not positive; use 1 or more"
+            elif name in ("attention_head_dim", "freq_dim") and least % 2:
+                yield name, f"{least} is odd; use {least + 1}, as channels turn in pairs"
+
+
+def layer_norm(x: Tensor, eps: float) -> Tensor:
+    return nnf.layer_norm(x.float(), x.shape[-1:], eps=eps)
+
+
+@lru_cache(maxsize=32)
+def rope_table(grid: Grid, K: int, tile: Grid | None, device: torch.device) -> Tensor:
+    """Rotations of 3-D RoPE, float32 [2, L, 1, K] (cos, and sin with the sign of `rotate`), in token order.
+
+    Head channels are split t, h, w as K - 2 * 2(K//6), 2(K//6), 2(K//6); base 10,000. Angles are computed in float64 on
+    the host: at position 1,000 float32 angles are off by 3e-5.
+    """
+    side = 2 * (K // 6)
+    axes = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    angles = [
+        axis.flatten()[:, None] * 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        for axis, dim in zip(axes, (K - 2 * side, side, side), strict=True)
+    ]
+    angle = torch.cat(angles, dim=1)
+    if tile:
+        angle = Tiles(grid, tile).to_tile_order(angle, 0)
+    cos, sin = angle.cos(), angle.sin()
+    pairs = torch.stack([torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)])
+    return pairs.flatten(-2)[:, :, None].float().to(device)
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate interleaved channel pairs of x [B, L, N, K] by rope [2, L, 1, K]; as `wide` inside, dtype of x outside.
+
+    (re, im) -> (re, im) cos + (im, re) (-sin, sin): products of whole rows, 2.8 times faster on a CPU than of every
+    other channel.
+    """
+    cos, sin = rope
+    y = wide(x)
+    re, im = y.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.addcmul(y * cos, torch.stack([im, re], dim=-1).flatten(-2), sin).to(x.dtype)
+
+
+def time_frequencies(model_t: Tensor, dim: int) -> Tensor:
+    """Sinusoidal embedding of times [B] -> float32 [B, dim], cosines first."""
+    half = dim // 2
+    freq = torch.exp(torch.arange(half, device=model_t.device, dtype=torch.float32) * (-math.log(10000.0) / half))
+    angle = model_t.float()[:, None] * freq
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class TwoLinear(nn.Module):
+    """Linear, activation, linear: the time and text embedders, named as diffusers names them."""
+
+    def __init__(self, d_in: int, d_out: int, act: nn.Module) -> None:
+        super().__init__()
+        self.linear_1, self.act, self.linear_2 = nn.Linear(d_in, d_out), act, nn.Linear(d_out, d_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(self.act(self.linear_1(x)))
+
+
+class ConditionEmbedder(nn.Module):
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        D = config.width
+        self.freq_dim = config.freq_dim
+        self.time_embedder = TwoLinear(config.freq_dim, D, nn.SiLU())
+        self.time_proj = nn.Linear(D, 6 * D)
+        self.text_embedder = TwoLinear(config.text_dim, D, nn.GELU(approximate="tanh"))
+
+    def forward(self, model_t: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """-> time [B, D], block modulation [B, 6, D], text [B, S, D]."""
+        dtype = self.time_embedder.linear_1.weight.dtype
+        time = self.time_embedder(time_frequencies(model_t, self.freq_dim).to(dtype)).to(text.dtype)
+        return time, self.time_proj(nnf.silu(time)).unflatten(1, (6, -1)), self.text_embedder(text)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: WanConfig, gated: bool = False) -> None:
+        super().__init__()
+        D = config.width
+        self.N = config.num_attention_heads
+        self.to_q, self.to_k, self.to_v = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
+        self.to_out = nn.ModuleList([nn.Linear(D, D)])
+        # over the whole width, not per head
+        self.norm_q, self.norm_k = nn.RMSNorm(D, eps=config.eps), nn.RMSNorm(D, eps=config.eps)
+        if gated:  # of the coarse branch; zero, so that at sparsity 0 it is dense attention
+            self.to_gate_compress = nn.Linear(D, D)
+            nn.init.zeros_(self.to_gate_compress.weight)
+            nn.init.zeros_(self.to_gate_compress.bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        rope: Tensor | None = None,
+        sparse: Sparse | None = None,
+        attend: Attend = attention,
+    ) -> Tensor:
+        heads = (self.N, -1)
+        q = self.norm_q(self.to_q(x)).unflatten(-1, heads)  # [B, L, N, K]
+        k = self.norm_k(self.to_k(context)).unflatten(-1, heads)
+        v = self.to_v(context).unflatten(-1, heads)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        if sparse is None:
+            out = attend(q, k, v)
+        else:
+            out = video_sparse_attention(q, k, v, self.to_gate_compress(x).unflatten(-1, heads), *sparse)
+        return self.to_out[0](out.flatten(2))
+
+
+class GELUProjection(nn.Module):
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(d_in, d_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nnf.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        # index 1 is diffusers' dropout: kept so that the names are `net.0.proj` and `net.2`
+        D, hidden = config.width, config.ffn_dim
+        self.net = nn.Sequential(GELUProjection(D, hidden), nn.Identity(), nn.Linear(hidden, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class Block(nn.Module):
+    def __init__(self, config: WanConfig, gated: bool) -> None:
+        super().__init__()
+        D = config.width
+        self.eps = config.eps
+        self.attn1, self.attn2, self.ffn = Attention(config, gated), Attention(config), FeedForward(config)
+        self.norm2 = nn.LayerNorm(D, eps=config.eps) if config.cross_attn_norm else nn.Identity()
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, D) / D**0.5)
+
+    def forward(
+        self, x: Tensor, text: Tensor, modulation: Tensor, rope: Tensor, sparse: Sparse | None, attend: Attend
+    ) -> Tensor:
+        """x [B, L, D], text [B, S, D], modulation [B, 6, M, D]; normalisation, modulation, residuals in float32."""
+        dtype = x.dtype
+        table = self.scale_shift_table[:, :, None]
+        shift1, scale1, gate1, shift3, scale3, gate3 = (table + modulation.float()).unbind(1)  # [B, M, D]
+        h = (layer_norm(x, self.eps) * (1 + scale1) + shift1).to(dtype)
+        x = (x.float() + self.attn1(h, h, rope, sparse, attend) * gate1).to(dtype)
+        x = x + self.attn2(self.norm2(x.float()).to(dtype), text)
+        h = (layer_norm(x, self.eps) * (1 + scale3) + shift3).to(dtype)
+        return (x.float() + self.ffn(h).float() * gate3).to(dtype)
