@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
-from tiny import make_config, write_toml
+from tiny import ARCHITECTURE, make_config, write_toml
 from torch import Tensor
 
 from fastdmd import config as configs
@@ -16,7 +16,9 @@ from fastdmd import train
 from fastdmd.evaluation import evaluate
 from fastdmd.export import export_student
 from fastdmd.models.family import FAMILIES, Options
+from fastdmd.models.wan import folder
 from fastdmd.models.wan.causal import CausalWan
+from fastdmd.models.wan.net import Wan
 from fastdmd.rng import Rng
 from fastdmd.run import Run, build
 
@@ -47,6 +49,18 @@ def test_a_target_is_the_student_s_average_after_every_step(tmp_path, how, compu
         assert not [p for p in run.nets["target"].net.parameters() if p.requires_grad or p.grad is not None]
     assert changed(target, parameters(run, "student"))
     assert changed(start, target)
+
+
+def test_a_student_s_own_start_is_the_student_s_and_its_average_s_only(tmp_path):
+    config = write_toml(tmp_path, "lcm")
+    other = Wan(ARCHITECTURE)
+    folder.save(tmp_path / "other", ARCHITECTURE, other.state_dict())
+    run = build(configs.load(config, [f"student.path='{tmp_path / 'other'}'"]))
+    theirs = load_file(tmp_path / "wan" / "transformer" / "diffusion_pytorch_model.safetensors")
+    ours = dict(other.state_dict())
+    for role, start in {"student": ours, "target": ours, "teacher": theirs}.items():
+        assert changed(parameters(run, role), start) == set(), role
+    assert changed(ours, theirs)
 
 
 @pytest.mark.parametrize("how", ["lcm_lora", "sdxl_lcm_lora"])

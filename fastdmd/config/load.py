@@ -63,15 +63,16 @@ def _check_optim(config: Config) -> Problems:
 def _check_weights(config: Config) -> Problems:
     roles, component = config.method.roles, config.family.component
     if config.model.scratch:
+        key, _ = config.model.scratch
         if "teacher" in roles:
-            key, _ = config.model.scratch
             yield key, f"method '{config.method.name}' starts from a teacher; give model.path instead"
+        if config.student.path:
+            yield "student.path", f"the student has random weights by {key}; keep one of the two"
         return
     what = f"a diffusers folder (the one above {component}/)"
-    for role, how in roles.items():
-        key, path = config.role_source(role)
-        if how == "heads":
-            continue
+    sources = [(role, *config.role_source(role)) for role, how in roles.items() if how != "heads"]
+    sources.append(("run", "model.path", config.model.path))  # its other parts are read in any case
+    for role, key, path in sources:
         if path is None:
             yield key, f"missing; the {role} needs weights: name {what}"
         elif not (Path(path) / component / "config.json").is_file():
@@ -115,7 +116,8 @@ def _check_noise(config: Config) -> Problems:
     if config.model.family != "sdxl":
         return
     noises: dict[str, sdxl_folder.Noise] = {}
-    for key, path in dict(map(config.role_source, config.method.roles)).items():
+    sources = {"model.path": config.model.path, **dict(map(config.role_source, config.method.roles))}
+    for key, path in sources.items():
         folder = Path(path or "")
         if (
             path
@@ -258,12 +260,12 @@ def _check_prompts(config: Config) -> Problems:
 
 CHECKS: dict[Callable[[Config], Problems], set[str]] = {  # by the tables that each reads
     _check_family: {"method", "model", "schedule", "data", "rollout"},
-    _check_noise: {"method", "model", "teacher", "critic"},
+    _check_noise: {"method", "model", "student", "teacher", "critic"},
     _check_lora: {"student", "lora"},
     _check_unused: {"method", "teacher", "critic", "rollout", "ema"},
     _check_optim: {"method", "optim"},
-    _check_weights: {"method", "model", "teacher", "critic"},
-    _check_data: {"method", "model", "teacher", "critic", "rollout", "data"},
+    _check_weights: {"method", "model", "student", "teacher", "critic"},
+    _check_data: {"method", "model", "student", "teacher", "critic", "rollout", "data"},
     _check_attention: {"method", "model", "vsa", "rollout"},
     _check_frames: {"data", "rollout"},
     _check_flow_blocks: {"method", "data", "validation"},

@@ -94,6 +94,7 @@ class ModelConfig:
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
     train: Literal["full", "lora"] = "full"
+    path: str | None = None  # weights to start from; absent: model.path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +152,12 @@ class Config:
         return sdxl_folder.make_schedule(Path(self.model.path) if self.model.path else None)
 
     def role_source(self, role: str) -> tuple[str, str | None]:
-        """The key that a role's weights come from, and the diffusers folder that it names."""
+        """Return the key that a role's weights come from, and the diffusers folder that it names.
+
+        The student's average starts as the student, and a detail expert goes on from the semantic one.
+        """
+        if role in ("student", "target", "semantic") and self.student.path:
+            return "student.path", self.student.path
         if role == "teacher" and self.teacher:
             return "teacher.path", self.teacher.path
         if role == "critic" and self.critic and self.critic.path:

@@ -185,6 +185,13 @@ def test_what_has_no_fault_gets_past_the_configuration(text):
         told(text)
 
 
+def test_a_run_has_a_model_even_if_every_role_has_its_own():
+    start = FLOW.index("[model.architecture]")
+    text = FLOW[:start] + '[student]\npath = "teacher"\n' + FLOW[FLOW.index("\n[schedule]") :]
+    remedy = "name a diffusers folder (the one above transformer/)"
+    assert told(text)[0] == f"run.toml:6: model.path: missing; the run needs weights: {remedy}"
+
+
 def test_files_that_are_none():
     Path("mac.toml").write_bytes(DMD.replace("[schedule]", "# d\xe9calage\n[schedule]").encode("mac_roman"))
     Path("folder.toml").mkdir(exist_ok=True)

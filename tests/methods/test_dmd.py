@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from fastdmd import config as configs
 from fastdmd import rollout as rollouts
-from fastdmd.config.schema import ModelConfig
+from fastdmd.config.schema import ModelConfig, StudentConfig, TeacherConfig
 from fastdmd.denoiser import Denoiser
 from fastdmd.methods.dmd import DMD, Config
 from fastdmd.methods.score_distillation import CriticConfig
@@ -240,11 +240,18 @@ def test_phases(generator, rollout, want):
     assert method.config.roles == {"student": "train", "teacher": "frozen", "critic": "train"}
 
 
-def test_critic_starts_from_its_own_path():
+def test_each_role_starts_from_its_own_path():
+    """Absent, from model.path: the critic of a causal student is not causal."""
+    tables = {"critic": CriticConfig, "student": StudentConfig, "teacher": TeacherConfig}
     model = ModelConfig(family="wan2.1", path="of the model")
     rest = dict.fromkeys(("run", "schedule", "method", "data"))
-    for critic, want in ((CriticConfig(path="its own"), "its own"), (CriticConfig(), "of the model")):
-        assert configs.Config(model=model, critic=critic, optim={}, **rest).role_path("critic") == want
+    for given in [(), *((role,) for role in tables), tuple(tables)]:
+        paths = {role: tables[role](path=f"of the {role}") for role in given}
+        config = configs.Config(model=model, optim={}, **paths, **rest)
+        for role in tables:
+            assert config.role_source(role) == (
+                (f"{role}.path", f"of the {role}") if role in given else ("model.path", "of the model")
+            )
 
 
 @pytest.mark.parametrize(
