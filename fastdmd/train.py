@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from fastdmd.export import exported_scheduler
 from fastdmd.files import locked, make_folder, write_atomic
 from fastdmd.hardware import peak_flops, peak_memory_gb
 from fastdmd.log import Progress, RunLog
+from fastdmd.methods.method import mean_metrics
 from fastdmd.resume import restore, save
 from fastdmd.rng import Rng
 from fastdmd.run import Run, build, follow_average, set_sparsity
@@ -37,6 +39,8 @@ def train(config: Config) -> Run:
     """Run to max_steps, from the newest checkpoint if there is one; Interrupted or Diverged stop it earlier."""
     exported_scheduler(config)  # no days of training for a student that cannot be exported
     run = build(config)
+    for line in run.method.warnings():
+        print(f"warning: {line}", file=sys.stderr)
     make_folder(run.folder)
     with locked(run.folder):
         restore(run)
@@ -92,15 +96,18 @@ def take_step(run: Run) -> dict[str, float]:
             loss, metrics = run.method.loss(phase, run.nets, batch, rng, carry)
             (loss / config.grad_accum).backward()
             losses.append({f"loss_{phase}": loss.detach(), **metrics})
-        found = {name: torch.stack([each[name] for each in losses]).mean() for name in losses[0]}
+        found, samples_of = mean_metrics(losses)
         found |= {f"grad_norm_{role}": run.optimizers[role].clip() for role in trained}
         # the one read of the device in a phase: nothing that is not finite may reach the weights
-        read = dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
+        numbers = torch.stack([*found.values(), *samples_of.values()]).tolist()
+        read = dict(zip(found, numbers[: len(found)], strict=True))
+        absent = [name for name, n in zip(samples_of, numbers[len(found) :], strict=True) if n == 0]
         if not all(map(math.isfinite, read.values())):
             raise Diverged(dump_nonfinite(run, phase, index, read, batches))
         for role in trained:
             run.optimizers[role].step(run.step)
-        values |= {f"train/{name}": value for name, value in read.items()}
+        # a metric of some samples only has no value in a step that draws none of them
+        values |= {f"train/{name}": value for name, value in read.items() if name not in absent}
     run.step += 1
     set_sparsity(run)
     if run.ema and "student" in phases:

@@ -14,7 +14,7 @@ PAGES = {  # by module name
     for root, package in ((REPOSITORY, "fastdmd"), (KERNELS, "fastdmd_kernels"))
     for path in sorted((root / package).rglob("*.py"))
 }
-LINES, METHOD_LINES = 450, 250
+LINES = 450
 
 
 def under(name, *packages):
@@ -65,11 +65,6 @@ def environment_is_read_in_three_places(module, text):
 def files_are_short(module, text):
     if (lines := text.count("\n")) > LINES:
         yield f"{lines} lines"
-
-
-def methods_are_short(module, text):
-    if under(module, "fastdmd.methods") and text.count("\n") > METHOD_LINES:
-        yield f"{text.count(chr(10))} lines"
 
 
 def nothing_is_pickled(module, text):
@@ -127,7 +122,6 @@ RULES = {
         ("fastdmd.train", "import os\nos.getenv('RANK')"),
     ],
     files_are_short: [("fastdmd.train", "\n" * (LINES + 1))],
-    methods_are_short: [("fastdmd.methods.dmd", "\n" * (METHOD_LINES + 1))],
     nothing_is_pickled: [
         ("fastdmd.checkpoint", "import torch\ntorch.load('x')"),
         ("fastdmd.checkpoint", "from pickle import dump"),

@@ -18,11 +18,13 @@ from fastdmd.cli import app
 from fastdmd.denoiser import Batch, Cond
 from fastdmd.evaluation import evaluate
 from fastdmd.log import RunLog, read_metrics
+from fastdmd.methods.method import Share, mean_metrics
 from fastdmd.resume import reopen
 from fastdmd.rng import Rng
 from fastdmd.run import Run, build
 from fastdmd.train import Diverged, Interrupted
 
+NONE = Share(torch.tensor(0.0), torch.tensor(0.0))
 RUNS = {
     "flow": ("flow",),
     "dmd": ("dmd",),
@@ -304,3 +306,38 @@ def test_steps_that_cannot_be_exported_are_told_before_training(tmp_path, method
     with pytest.raises(ValueError, match=r"^method.denoising_timesteps = \[1000.*are not"):
         train.train(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_metric_of_some_samples_is_their_mean_over_the_micro_batches():
+    """And absent without any; other metrics are the mean of the micro-batches, as float32 has it."""
+    micro = [
+        {"loss": torch.tensor(1.0), "some": Share(torch.tensor(3.0), torch.tensor(2.0)), "none": NONE},
+        {"loss": torch.tensor(2.0), "some": NONE, "none": NONE},
+        {"loss": torch.tensor(4.0), "some": Share(torch.tensor(5.0), torch.tensor(3.0)), "none": NONE},
+    ]
+    means, counts = mean_metrics(micro)
+    assert means["loss"] == torch.tensor([1.0, 2.0, 4.0]).mean()
+    assert means["some"].item() == pytest.approx(8 / 5)
+    assert means["none"].item() == 0
+    assert {name: count.item() for name, count in counts.items()} == {"some": 5, "none": 0}
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_row_has_loss_last_if_a_step_since_the_last_row_has(tmp_path, every):
+    """Of steps with one sample, in which it is the loss itself; a row has the newest."""
+    extra = ("run.max_steps=12", "run.batch_size=1", "method.solver_steps=3", f"logging.every={every}")
+    run = train.train(make_config(tmp_path, "lcm", *extra))
+    at_the_end = [int(Rng(0, step, "student0", range(1), "cpu").integers(3)) == 2 for step in range(12)]
+    assert 1 < sum(at_the_end) < 11
+    for row in rows(run.folder):
+        steps = range(row["step"] - every, row["step"])
+        newest = [step for step in steps if at_the_end[step]][-1:]
+        assert ("train/loss_last" in row) == bool(newest)
+        if newest == [row["step"] - 1]:
+            assert row["train/loss_last"] == row["train/loss_student"]
+
+
+@pytest.mark.parametrize(("target", "lines"), [("student", 1), ("ema", 0)])
+def test_a_student_that_is_its_own_target_is_warned_of_once(tmp_path, capsys, target, lines):
+    train.train(make_config(tmp_path, "lcm", f"method.target='{target}'"))
+    assert capsys.readouterr().err.count("warning: method.target = 'student'") == lines

@@ -8,21 +8,29 @@ jump from there land. Flow models: x_t = (1 - sigma) x0 + sigma eps. B batch; la
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastdmd.denoiser import Batch, Cond, Denoiser, guide
 from fastdmd.methods import gan
-from fastdmd.methods.consistency import huber
-from fastdmd.methods.method import Carry, Loss, Method, Nets, Role
+from fastdmd.methods.consistency import Target, huber, last_share, target_warnings
+from fastdmd.methods.method import Carry, Loss, Method, Nets, Role, Share
 from fastdmd.rng import Rng
 from fastdmd.sampler import guided, ode
 from fastdmd.schedule import FlowSchedule, Schedule, add_noise, per_sample, shift, student_times
 
-Pair = tuple[Tensor, Tensor, Tensor]  # made, wanted, and e int64 [B]
 DETAIL_ONLY = ("detail_timesteps", "adversarial_weight", "hinge_weight", "feature_weight", "disc_layers")
+
+
+class Pair(NamedTuple):
+    """Where the student lands and where it should, both at sigma_prev_e."""
+
+    made: Tensor
+    wanted: Tensor
+    e: Tensor  # int64 [B], on the host
+    last: Tensor  # bool [B], on the host: i is the expert's last point
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +40,9 @@ class Config:
     guidance_embedding: ClassVar = False
 
     name: Literal["dcm"]
-    expert: Literal["semantic", "detail"]  # which is trained; detail: model.path is the finished semantic expert
+    expert: Literal["semantic", "detail"]  # detail: the student starts from the semantic one
     guidance: float  # of the teacher's steps, uncond + w (cond - uncond); DCM uses w = 6
-    target: Literal["ema", "student"]  # whose jump is learned: the student's average, or the student without gradient
+    target: Target  # whose jump is learned: the student's average, or the student without gradient
     temporal_weight: float  # of the square error of frame differences; DCM: 1 for the semantic expert, 0 for the detail
     temporal_lag: int = 3  # latent frames between the two of a difference
     solver_steps: int = 50  # N
@@ -128,6 +136,10 @@ class DCM(Method):
     def phases(self, step: int) -> tuple[str, ...]:
         return ("student", "disc") if self.config.adversarial else ("student",)
 
+    def warnings(self) -> Iterator[str]:
+        """Yield what is known to go wrong with the target."""
+        yield from target_warnings(self.config.target)
+
     def make_heads(self, nets: Nets) -> gan.Heads:
         return gan.make_heads(nets["teacher"], self.layers(nets), "method.disc_layers")
 
@@ -140,11 +152,13 @@ class DCM(Method):
         if phase == "disc":
             return self.disc_loss(nets, batch, carry)
         config = self.config
-        made, wanted, _ = pair = self.pair(nets, batch, rng)
-        loss = huber(made, wanted, config.huber_c)
-        metrics = {"huber": loss.detach()}
+        pair = self.pair(nets, batch, rng)
+        error = huber(pair.made, pair.wanted, config.huber_c)
+        loss = error.mean()
+        metrics: dict[str, Tensor | Share] = {"huber": loss.detach()}
+        metrics["loss_last"] = last_share(error, pair.last)
         if config.temporal_weight:
-            loss = loss + config.temporal_weight * temporal(made, wanted, config.temporal_lag)
+            loss = loss + config.temporal_weight * temporal(pair.made, pair.wanted, config.temporal_lag)
         if config.adversarial:
             hinge, features = self.fooling(nets, pair, batch, rng, carry)
             loss = loss + config.adversarial_weight * (config.hinge_weight * hinge + config.feature_weight * features)
@@ -152,9 +166,10 @@ class DCM(Method):
         return loss, metrics
 
     def pair(self, nets: Nets, batch: Batch, rng: Rng) -> Pair:
-        """Where the student lands and where it should, both at sigma_prev_e.
+        """Return the student's jump and the target's, from a point i that is uniform over the expert's.
 
-        i is uniform over the expert's points. The target network is never the teacher, which cannot jump.
+        The target network is never the teacher, which cannot jump. The last point is of the phase that ends
+        last: close to data, at sigma_prev_0, for the detail expert, at the boundary for the semantic one.
         """
         if batch.x0 is None:
             raise ValueError("method 'dcm' trains on latents; the data has prompts only")
@@ -168,7 +183,7 @@ class DCM(Method):
             x_prev = jump(x_t, self.teacher_v(nets["teacher"], x_t, sigma, batch), sigma, sigma_prev)
             target = nets["target" if self.config.target == "ema" else "student"]
             wanted = jump(x_prev, target.raw(x_prev, sigma_prev, batch.cond), sigma_prev, sigma_e)
-        return made, wanted, e
+        return Pair(made, wanted, e, i == points.start)
 
     def teacher_v(self, teacher: Denoiser, x_t: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
         """Guided by one batched call; without the other side when guidance is off."""
@@ -179,10 +194,9 @@ class DCM(Method):
 
     def fooling(self, nets: Nets, pair: Pair, batch: Batch, rng: Rng, carry: Carry) -> tuple[Tensor, Tensor]:
         """(hinge, feature matching) of the pair noised to sigma_prev_j, j ~ U{e .. last point}, one noise for both."""
-        *ends, e = pair
-        j = e + (rng.uniform() * (self.config.points.stop - e)).long()
-        sigma_e, sigma_a, n = self.sigmas[e], self.sigmas[j], rng.normal(batch.latent_shape)
-        fake, real = (noise_further(z, n, sigma_e, sigma_a) for z in ends)
+        j = pair.e + (rng.uniform() * (self.config.points.stop - pair.e)).long()
+        sigma_e, sigma_a, n = self.sigmas[pair.e], self.sigmas[j], rng.normal(batch.latent_shape)
+        fake, real = (noise_further(z, n, sigma_e, sigma_a) for z in (pair.made, pair.wanted))
         # not the hidden states: those of a large model are gigabytes
         carry["adversarial"] = fake.detach(), real, sigma_a
         teacher, heads, layers = nets["teacher"], nets["disc"].net, self.layers(nets)

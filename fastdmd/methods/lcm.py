@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdmd.denoiser import Batch, Cond, Denoiser, guide
-from fastdmd.methods.consistency import Distance, distance
+from fastdmd.methods.consistency import Distance, Target, errors, last_share, target_warnings
 from fastdmd.methods.method import Carry, Loss, Method, Nets, Role
 from fastdmd.rng import Rng
 from fastdmd.sampler import ode_step, renoise
@@ -30,7 +30,7 @@ class Config:
     denoising_timesteps: tuple[float, ...]  # the student's steps, 1000 t; index n of SDXL is n + 1
     guidance_range: tuple[float, float]  # of the teacher's steps, uncond + w (cond - uncond)
     guidance: float  # w of the student's samples, where it is told, and of the teacher that it is compared with
-    target: Literal["ema", "student"] = "ema"  # "student": the same network, as LCM-LoRA has it
+    target: Target = "ema"  # "student": the same network, as LCM-LoRA has it; it drifts
     guidance_embedding: bool = False  # the student is told w
     solver_steps: int = 50  # of the teacher's grid
     loss: Distance = "huber"
@@ -72,6 +72,10 @@ class LCM(Method):
     def phases(self, step: int) -> tuple[str, ...]:
         return ("student",)
 
+    def warnings(self) -> Iterator[str]:
+        """Yield what is known to go wrong with the target."""
+        yield from target_warnings(self.config.target)
+
     def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng, carry: Carry) -> Loss:
         if batch.x0 is None:
             raise ValueError("method 'lcm' trains on latents; the data has prompts only")
@@ -84,7 +88,8 @@ class LCM(Method):
             target = nets["target" if self.config.target == "ema" else "student"]
             wanted = self.consistency(target, z_next, t_next, self.told(batch.cond, w))
         made = self.consistency(nets["student"], z, t, self.told(batch.cond, w))
-        return distance(self.config.loss, made, wanted, self.config.huber_c), {}
+        error = errors(self.config.loss, made, wanted, self.config.huber_c)
+        return error.mean(), {"loss_last": last_share(error, n == self.config.solver_steps - 1)}
 
     def sample(self, nets: Nets, noise: Tensor, cond: Cond, uncond: Cond, rng: Rng) -> Tensor:
         """Multi-step consistency sampling (algorithm 3)."""

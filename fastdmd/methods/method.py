@@ -1,8 +1,9 @@
 """What an objective is. It owns mathematics only: no optimizer, device, checkpoint or `requires_grad`."""
 
-from collections.abc import Mapping, MutableMapping
-from typing import Any, ClassVar, Literal, Protocol
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from fastdmd.denoiser import Batch, Cond, Denoiser
@@ -13,7 +14,17 @@ Role = Literal["train", "frozen", "ema", "heads"]
 TRAINABLE = ("student", "critic", "disc")  # the roles that some method trains
 Nets = Mapping[str, Denoiser]
 Carry = MutableMapping[str, Any]  # what the phases of one step share
-Loss = tuple[Tensor, dict[str, Tensor]]  # and metrics
+
+
+class Share(NamedTuple):
+    """Hold a metric of some samples of a micro-batch: its sum and their number, perhaps 0; float [] each."""
+
+    total: Tensor
+    samples: Tensor
+
+
+Metrics = Mapping[str, Tensor | Share]  # a Tensor [] is the mean over the micro-batch
+Loss = tuple[Tensor, Metrics]
 
 
 class MethodConfig(Protocol):
@@ -59,6 +70,10 @@ class Method(Protocol):
         """(loss, metrics) of a micro-batch."""
         ...
 
+    def warnings(self) -> Iterator[str]:
+        """Yield one line for each choice of the configuration that is allowed and known to go wrong."""
+        yield from ()
+
     def sample(self, nets: Nets, noise: Tensor, cond: Cond, uncond: Cond, rng: Rng) -> Tensor:
         """x0 [B, C, ..] by the student's few steps, when it has `times`."""
         raise NotImplementedError
@@ -66,3 +81,20 @@ class Method(Protocol):
     def make_heads(self, nets: Nets) -> nn.Module:
         """The network of a role with "heads", with random weights."""
         raise NotImplementedError
+
+
+def mean_metrics(micro: Sequence[Metrics]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return each metric's mean over the micro-batches, and for each Share the number of its samples.
+
+    Nothing is read from a device: the mean of a Share without samples is 0, and its number says so.
+    """
+    means, samples = {}, {}
+    for name in micro[0]:
+        column = [metrics[name] for metrics in micro]
+        shares = [value for value in column if isinstance(value, Share)]
+        if shares:
+            samples[name] = torch.stack([share.samples for share in shares]).sum()
+            means[name] = torch.stack([share.total for share in shares]).sum() / samples[name].clamp(min=1)
+        else:
+            means[name] = torch.stack([value for value in column if isinstance(value, Tensor)]).mean()
+    return means, samples

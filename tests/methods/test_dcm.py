@@ -35,12 +35,12 @@ from torch import Tensor
 
 from fastdmd import config as configs
 from fastdmd import train
-from fastdmd.config.schema import ModelConfig, TeacherConfig
+from fastdmd.config.schema import ModelConfig, StudentConfig, TeacherConfig
 from fastdmd.denoiser import Batch, Cond, Denoiser
 from fastdmd.evaluation import evaluate
 from fastdmd.export import exported_scheduler
 from fastdmd.methods import dcm
-from fastdmd.methods.consistency import distance, huber
+from fastdmd.methods.consistency import errors, huber
 from fastdmd.methods.dcm import DCM, Config
 from fastdmd.rng import Rng
 from fastdmd.run import build
@@ -62,7 +62,8 @@ def test_student_loss_and_gradient_are_those_of_the_definition(base, change):
     assert close(got, want)
     if not {"disc_layers", "target", "adversarial_weight"} & change.keys():  # other networks
         assert close(got, Definition(nets, **base).student_gradient()[1]) == (not change)
-    assert metrics.keys() == {"huber"} | ({"hinge", "features"} if method.config.adversarial else set())
+    more = {"hinge", "features"} if method.config.adversarial else set()
+    assert metrics.keys() == {"huber", "loss_last"} | more
 
 
 @pytest.mark.parametrize("key", ["target", "adversarial_weight"])
@@ -165,6 +166,47 @@ def test_roles():
     assert "disc" not in make(DETAIL_BASE, adversarial_weight=0.0).config.roles
 
 
+class WrongAtTheEnd(mlp.Deep):
+    """A student that is off by a constant at one time."""
+
+    def __init__(self, seed: int, at: float) -> None:
+        super().__init__(seed)
+        self.at = at
+
+    def there(self, model_t: Tensor) -> Tensor:
+        return column((model_t - self.at).abs() < 1e-3)
+
+    def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond) -> Tensor:
+        return super().forward(x_t, model_t, cond) + 3.0 * self.there(model_t).to(x_t.dtype)
+
+
+@pytest.mark.parametrize(("base", "last"), [(SEMANTIC, 6), (DETAIL_BASE | {"adversarial_weight": 0.0}, 0)])
+@pytest.mark.parametrize("phases", [1, 4])
+def test_loss_last_is_of_the_expert_s_last_interval(base, last, phases):
+    """It ends at the boundary for the semantic expert, close to data for the detail expert."""
+    method = make(base, phases=phases, temporal_weight=0.0)
+    nets, batch, rng = make_nets(method), mlp.make_batch(200), make_rng(size=200)
+    i = method.config.points.start + make_rng(size=200).integers(len(method.config.points))
+    at = 1000 * S((last + 1) / 10)
+    loss, metrics = method.loss("student", nets, batch, rng, {})
+    total, count = metrics["loss_last"]
+    assert count == (i == last).sum()
+    nets["student"] = Denoiser(WrongAtTheEnd(0, at), method.schedule)
+    wrong, metrics = method.loss("student", nets, batch, make_rng(size=200), {})
+    assert wrong > loss
+    assert metrics["loss_last"].samples == count
+    # nothing else has changed: the whole loss moves by this loss times its share of the samples
+    moved = (metrics["loss_last"].total - total) / 200
+    torch.testing.assert_close(wrong - loss, moved, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("base", [SEMANTIC, DETAIL_BASE], ids=name_case)
+def test_a_target_that_is_the_student_is_warned_of(base):
+    [line] = make(base, target="student").warnings()
+    assert "method.target = 'ema'" in line
+    assert not list(make(base, target="ema").warnings())
+
+
 @pytest.mark.parametrize(("u", "where"), [(0.0, "first"), (1 - 1e-12, "last")])
 def test_adversarial_times_span_the_phase_s_end_to_the_boundary(u, where):
     """sigma_prev_j, j ~ U{e .. boundary_index - 1}; both sides are noised alike."""
@@ -175,16 +217,17 @@ def test_adversarial_times_span_the_phase_s_end_to_the_boundary(u, where):
         uniform=lambda: torch.full((4,), u, dtype=torch.float64),
         normal=drawn.normal,
     )
-    made, wanted, e = method.pair(nets, BATCH, SimpleNamespace(integers=rng.integers, normal=make_rng().normal))
-    assert e.tolist() == [0, 2, 2, 5]  # of 0, 2, 5, 7
+    pair = method.pair(nets, BATCH, SimpleNamespace(integers=rng.integers, normal=make_rng().normal))
+    assert pair.e.tolist() == [0, 2, 2, 5]  # of 0, 2, 5, 7
     method.loss("student", nets, BATCH, rng, carry)
     fake, real, sigma_a = carry["adversarial"]
     prev = Definition(nets, **DETAIL_BASE).sigma_prev
-    assert sigma_a.tolist() == pytest.approx([prev[j if where == "first" else 5] for j in e])
-    keep = column((1 - sigma_a) / (1 - method.sigmas[e]))
-    torch.testing.assert_close((fake - real).double(), keep * (made - wanted).detach(), rtol=1e-4, atol=1e-5)
+    assert sigma_a.tolist() == pytest.approx([prev[j if where == "first" else 5] for j in pair.e])
+    keep = column((1 - sigma_a) / (1 - method.sigmas[pair.e]))
+    gap = (pair.made - pair.wanted).detach()
+    torch.testing.assert_close((fake - real).double(), keep * gap, rtol=1e-4, atol=1e-5)
     if where == "first":  # at its end a sample is not noised further
-        torch.testing.assert_close(fake, made.detach())
+        torch.testing.assert_close(fake, pair.made.detach())
 
 
 # ---------------------------------------------------------------------- grids, ends, functions
@@ -235,12 +278,12 @@ def test_noising_further_is_noising_once():
 def test_distances():
     a, b = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([1.0, 1.0, 0.5 + 1e-4])
     d = (a - b).double()
-    assert float(huber(a, b, 1e-3)) == pytest.approx(float(((d**2 + 1e-6).sqrt() - 1e-3).mean()), rel=1e-6)
-    assert float(huber(a, a, 1e-3)) == 0.0
-    assert float(distance("l2", a, b, 1e-3)) == pytest.approx(float((d**2).mean()), rel=1e-6)
-    assert distance("huber", a, b, 1e-3) == huber(a, b, 1e-3)
+    torch.testing.assert_close(huber(a, b, 1e-3).double(), (d**2 + 1e-6).sqrt() - 1e-3, rtol=1e-6, atol=0)
+    assert torch.equal(huber(a, a, 1e-3), torch.zeros(3))
+    torch.testing.assert_close(errors("l2", a, b, 1e-3).double(), d**2, rtol=1e-6, atol=0)
+    assert torch.equal(errors("huber", a, b, 1e-3), huber(a, b, 1e-3))
     for kind in ("l2", "huber"):  # a bfloat16 would not hold its own mean
-        assert distance(kind, a.bfloat16(), b.bfloat16(), 1e-3).dtype == torch.float32
+        assert errors(kind, a.bfloat16(), b.bfloat16(), 1e-3).dtype == torch.float32
     assert huber(a.double(), b.double(), 1e-3).dtype == torch.float64
 
 
@@ -466,11 +509,15 @@ def test_only_flow_models():
 
 
 def test_the_detail_expert_starts_from_the_semantic_one():
-    """Which is model.path, as the student is; the teacher has its own."""
+    """It is the student's start: student.path, or model.path where the teacher has a path of its own."""
     teacher, model = TeacherConfig(path="teacher"), ModelConfig(family="wan2.1", path="semantic")
     config = configs.Config(model=model, teacher=teacher, **dict.fromkeys(("run", "schedule", "method", "data")))
     paths = {role: config.role_path(role) for role in ("student", "semantic", "target", "teacher")}
     assert paths == {"student": "semantic", "semantic": "semantic", "target": "semantic", "teacher": "teacher"}
+    model, student = ModelConfig(family="wan2.1", path="teacher"), StudentConfig(path="semantic")
+    rest = dict.fromkeys(("run", "schedule", "method", "data"))
+    config = configs.Config(model=model, student=student, **rest)
+    assert paths == {role: config.role_path(role) for role in paths}
 
 
 @pytest.mark.parametrize(("extra", "trained"), [((), {"student"}), (DETAIL, {"student", "disc"})])

@@ -173,6 +173,52 @@ def test_only_the_student_learns_and_the_target_is_never_the_teacher(target):
     )
 
 
+class WrongAt(mlp.MLP):
+    """A student that is off by a constant at one time."""
+
+    def __init__(self, seed: int, at: float) -> None:
+        super().__init__(seed)
+        self.at = at
+
+    def there(self, model_t: Tensor) -> Tensor:
+        return column((model_t - self.at).abs() < 1e-3)
+
+    def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond) -> Tensor:
+        return super().forward(x_t, model_t, cond) + 6.0 * self.there(model_t).to(x_t.dtype)
+
+
+@pytest.mark.parametrize("schedule", [FLOW, VP], ids=["flow", "vp"])
+def test_loss_last_shows_what_the_whole_loss_hides(schedule):
+    """A student that is wrong in the interval that ends in data, and right in the 49 before it."""
+    method, batch, size = make(schedule), mlp.make_batch(500), range(500)
+    at = float(schedule.model_t(method.grid[-2]))
+    nets, losses, lasts = four_nets(schedule), [], []
+    for student in (mlp.MLP(0), WrongAt(0, at)):
+        nets["student"] = Denoiser(student, schedule)
+        loss, metrics = method.loss("student", nets, batch, Rng(0, 0, "student0", size, "cpu"), {})
+        total, count = metrics["loss_last"]
+        losses.append(loss.item())
+        lasts.append(float(total / count))
+        assert count == (Rng(0, 0, "student0", size, "cpu").integers(50) == 49).sum()
+        assert 3 < count < 20  # of 500
+    assert lasts[1] > 1.5 * lasts[0]
+    assert losses[0] < losses[1] < 1.05 * losses[0]
+
+
+def test_without_a_sample_there_loss_last_is_empty():
+    nets, rng = four_nets(FLOW), Rng(0, 0, "student0", range(1), "cpu")
+    assert rng.integers(50) != 49
+    rng = Rng(0, 0, "student0", range(1), "cpu")
+    _, metrics = make(FLOW).loss("student", nets, mlp.make_batch(1), rng, {})
+    assert metrics["loss_last"] == (0, 0)
+
+
+def test_a_target_that_is_the_student_is_warned_of():
+    [line] = make(target="student").warnings()
+    assert "method.target = 'ema'" in line
+    assert not list(make(target="ema").warnings())
+
+
 def test_guidance_of_one_is_a_single_call():
     nets = four_nets(FLOW)
     make(guidance_range=(1.0, 1.0)).loss("student", nets, BATCH, make_rng(), {})
