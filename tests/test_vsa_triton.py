@@ -6,10 +6,12 @@ built here, by sorting, and not by the kernel under test.
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
+from recomputed import recomputed
 from torch import Tensor
 
 from fastdmd_kernels._triton import vsa, vsa_bwd, vsa_fwd
@@ -102,6 +104,13 @@ def dense(q, k, v, dout, mask, dtype) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout.to(dtype))]
 
 
+def dense_recomputed(q, k, v, dout, mask, dtype) -> list[Tensor]:
+    """The same, of an attention whose backward computes S^T again; every row has a key."""
+    q, k, v = (x.detach().to(dtype).requires_grad_() for x in (q, k, v))
+    out = recomputed(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout.to(dtype))]
+
+
 def sparse(q, k, v, dout, lists, tiles_q, tiles_k) -> list[Tensor]:
     out, lse = vsa.fine_fwd(q, k, v, lists, *tiles_q)
     return [out, *vsa.fine_bwd(dout, q, k, v, out, lse, lists, *tiles_q, *tiles_k)]
@@ -116,12 +125,12 @@ def random(*shape: int, dtype=torch.float32, seed: int = 0, scale: float = 1.0) 
     return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(DEVICE, dtype)
 
 
-def check(q, k, v, index, tiles_q, tiles_k) -> list[Tensor]:
+def check(q, k, v, index, tiles_q, tiles_k, composition=dense) -> list[Tensor]:
     """Error at most twice that of the same composition in PyTorch and the same dtype, for values and gradients."""
     dout = random(*q.shape, dtype=q.dtype, seed=3)
     mask = allowed(index, tiles_q, tiles_k)
     exact = dense(q, k, v, dout, mask, torch.float64)
-    torch_errors = [error(x, e) for x, e in zip(dense(q, k, v, dout, mask, q.dtype), exact, strict=True)]
+    torch_errors = [error(x, e) for x, e in zip(composition(q, k, v, dout, mask, q.dtype), exact, strict=True)]
     result = sparse(q, k, v, dout, pack(index, tiles_k), tiles_q, tiles_k)
     for name, x, e, torch_error in zip(("out", "dq", "dk", "dv"), result, exact, torch_errors, strict=True):
         assert x.dtype == q.dtype
@@ -153,7 +162,25 @@ def test_head_dims(K, path):
 
 @pytest.mark.parametrize("scale", [1.0, 4.0, 16.0])
 def test_input_scales(scale):
-    """At 16, keys scaled before they are rounded lose the output altogether."""
+    """At 16, keys scaled before they are rounded lose the output altogether.
+
+    S^T of dk and dv may round otherwise than S (numpy with OPENBLAS_CORETYPE=Haswell: in 30 % of its elements).
+    """
+    q, k, v = tokens(ALL_RAGGED, scale=scale)
+    tiles = tiles_of(ALL_RAGGED)
+    check(q, k, v, index_of(q, k, tiles, tiles, 3), tiles, tiles, dense_recomputed)
+
+
+def in_the_order_of_k(a: np.ndarray, b: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Multiply [M, K] by [K, N], summing k by k: [N, K] by [K, M] of the same rows rounds alike."""
+    return np.cumsum(a[:, :, None] * b[None], axis=1, dtype=dtype)[:, -1]
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the order of a GPU's sums is its own")
+@pytest.mark.parametrize("scale", [1.0, 4.0, 16.0])
+def test_input_scales_where_s_and_its_transpose_round_alike(scale, monkeypatch):
+    """Then the measure is a plain softmax: the rounding of the log-sum-exp, which is that of S, must not show in dv."""
+    monkeypatch.setattr(np, "matmul", in_the_order_of_k)
     q, k, v = tokens(ALL_RAGGED, scale=scale)
     tiles = tiles_of(ALL_RAGGED)
     check(q, k, v, index_of(q, k, tiles, tiles, 3), tiles, tiles)

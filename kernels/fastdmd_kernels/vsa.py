@@ -41,6 +41,12 @@ def video_sparse_attention(
     of 0. tiles: the geometry of queries and keys, or a pair (of queries, of keys). topk: key tiles per query tile,
     1..nk; nk is dense attention. bfloat16, float16, float32, and float64 on the CPU; softmax and tile means in float32
     at least. Two runs agree bit for bit. Raises ValueError, with the shapes, for what it cannot do.
+
+    Errors are at most twice those of the same composition in the same dtype. The backward recomputes the scores: the
+    triton kernel takes S = q k^T for dq and S^T = k q^T for dk and dv. Where the processor rounds the two products
+    differently, exp(S^T - log-sum-exp) is not the forward's probability but off by a factor of about 1 + |S| eps, so
+    that the float32 errors of dk and dv grow with |S|: they are at most twice those of a composition that recomputes
+    S^T as well. With equal rounding, and always in the torch backend, a plain softmax is the measure.
     """
     q_tiles, k_tiles = _pair(tiles)
     _check(q, k, v, gate, q_tiles, k_tiles, topk)
@@ -90,12 +96,17 @@ def vsa_reference(
         chosen = torch.searchsorted(geometry_k.row_start, (lists >> N_VALID_BITS).contiguous())
     keep = torch.zeros_like(scores_c, dtype=torch.bool).scatter(-1, chosen, True)
     keep = keep[:, :, geometry_q.tile_of_row][..., geometry_k.tile_of_row]  # [B, N, Lq, Lk]
-    scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~keep, -math.inf)
-    out = (torch.softmax(scores, dim=-1) @ v).transpose(1, 2)
+    out = _attend(q, k, v, keep).transpose(1, 2)
     if gate is None:
         return out
     out_c = torch.softmax(scores_c, dim=-1) @ v_c  # [B, N, nq, K]
     return out_c.transpose(1, 2)[:, geometry_q.tile_of_row].to(out.dtype) * gate + out
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    """Attend densely over the pairs that `keep` [B, N, Lq, Lk] allows, q, k, v [B, N, L, K] -> [B, N, Lq, K]."""
+    scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~keep, -math.inf)
+    return torch.softmax(scores, dim=-1) @ v
 
 
 def _pair(tiles: TilesOrPair) -> tuple[Tiles, Tiles]:
