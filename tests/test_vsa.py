@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as nnf
 from recomputed import recomputed
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -328,6 +329,34 @@ def test_torch_compile_sees_one_graph(gated):
     want, got = (run(op, x, RAGGED, 3) for op in (video_sparse_attention, compiled))
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("downwards", [True, False])
+def test_ten_sparsities_give_two_graphs(downwards):
+    """The first topk is a constant of its graph, all others share a second; forward and backward."""
+    graphs = {"dynamo": 0, "forward": 0, "backward": 0}
+
+    def counted(name: str, backend):
+        def compiled(graph, example_inputs):
+            graphs[name] += 1
+            return backend(graph, example_inputs)
+
+        return compiled
+
+    def as_it_is(graph, example_inputs):
+        return graph
+
+    parts = {"fw_compiler": counted("forward", as_it_is), "bw_compiler": counted("backward", as_it_is)}
+    tiles = Tiles((4, 8, 24))
+    topks = [topk_for(0.09 * i, tiles.n) for i in range(10)]
+    assert (tiles.n, topks) == (12, [12, 11, 10, 9, 8, 7, 6, 5, 4, 3])
+    torch._dynamo.reset()
+    compiled = torch.compile(video_sparse_attention, fullgraph=True, backend=counted("dynamo", aot_autograd(**parts)))
+    x = inputs(tiles, B=1)
+    for topk in topks if downwards else reversed(topks):
+        want, got = (run(op, x, tiles, topk) for op in (video_sparse_attention, compiled))
+        assert all(torch.equal(got[name], want[name]) for name in want)
+    assert graphs == {"dynamo": 2, "forward": 2, "backward": 2}
 
 
 @pytest.mark.parametrize("tiles", [RAGGED, Tiles((2, 3, 3)), Tiles((5, 6, 7), (4, 5, 6))], ids=str)

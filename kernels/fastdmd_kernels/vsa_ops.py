@@ -193,7 +193,7 @@ IMPLEMENTATIONS = {  # name -> schema, what computes it, what says its shapes
         _spread,
         _spread_fake,
     ),
-    "vsa_select": ("(Tensor q_c, Tensor k_c, int[] grid_k, int[] tile, int topk) -> Tensor", _select, _select_fake),
+    "vsa_select": ("(Tensor q_c, Tensor k_c, int[] grid_k, int[] tile, SymInt topk) -> Tensor", _select, _select_fake),
     "vsa_fine": (
         "(Tensor q, Tensor k, Tensor v, Tensor lists, int[] grid_q, int[] grid_k, int[] tile) -> (Tensor, Tensor)",
         _fine,
