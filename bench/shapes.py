@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class Attention:
     flex: bool = False  # in the first dtype: compiled for tens of seconds
     B: int = 1
 
-    @property
+    @cached_property  # one instance, which holds its tensors
     def tiles(self) -> Tiles:
         return Tiles(self.grid)
 

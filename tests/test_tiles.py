@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fastdmd_kernels.tiles import Tiles, raster_order, tile_order
 
@@ -69,12 +70,57 @@ def test_order_and_back_along_any_dimension():
         assert torch.equal(tiles.to_raster_order(moved, dim), x)
 
 
-def test_tensors_are_made_once_per_geometry():
-    assert Tiles((5, 6, 7)) == Tiles((5, 6, 7), (4, 4, 4))
-    first, again = Tiles((5, 6, 7)).on(CPU), Tiles((5, 6, 7)).on(CPU)
-    assert all(a is b for a, b in zip(first, again, strict=True))
-    assert Tiles((5, 6, 8)).on(CPU).order is not first.order
-    assert Tiles((5, 6, 7), (2, 2, 2)).on(CPU).order is not first.order
+def test_equal_tiles_are_one_key_and_hold_their_own_tensors():
+    tiles, other = Tiles((5, 6, 7)), Tiles((5, 6, 7), (4, 4, 4))
+    assert tiles.on(CPU) is tiles.on(CPU)
+    assert tiles.on(CPU).order is not other.on(CPU).order
+    assert tiles == other
+    assert hash(tiles) == hash(other)
+    assert repr(tiles) == "Tiles(grid=(5, 6, 7), tile=(4, 4, 4))"
+    assert len({tiles, other, Tiles((5, 6, 8)), Tiles((5, 6, 7), (2, 2, 2))}) == 3
+
+
+def test_the_fullest_tile():
+    for grid, cube in CASES:
+        assert Tiles(grid, cube).fullest == max(map(len, tiles_by_hand(grid, cube)))
+
+
+def test_a_first_use_with_fake_tensors_does_not_reach_other_instances():
+    grid = (4, 7, 9)
+    fakes = [Tiles(grid), Tiles(grid)]
+    for tiles in fakes:
+        with FakeTensorMode():
+            moved = tiles.to_raster_order(tiles.to_tile_order(torch.zeros(2, tiles.L), 1), 1)
+        assert isinstance(moved, FakeTensor)
+    x = torch.arange(math.prod(grid))
+    real = Tiles(grid)
+    assert real.to_tile_order(x, 0).tolist() == [token for tile in tiles_by_hand(grid, real.tile) for token in tile]
+    assert not any(isinstance(y, FakeTensor) for y in (*real.on(CPU), tile_order(grid, real.tile)))
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_a_prepared_geometry_is_an_input_of_the_graph(prepared):
+    """No order is computed in it. Of an instance that nobody prepared it is, once: the next call finds the tensors."""
+    graphs = []
+
+    def kept(graph, example_inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op.startswith("call")])
+        return graph
+
+    def there_and_back(x, tiles):
+        return tiles.to_raster_order(tiles.to_tile_order(x, 1).neg(), 1)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(there_and_back, fullgraph=True, backend=kept)
+    tiles, x = Tiles((4, 5, 6)), torch.randn(2, 120)
+    if prepared:
+        tiles.on(CPU)
+    for _ in range(3):
+        assert torch.equal(compiled(x, tiles), -x)
+    if prepared:
+        assert graphs == [["index_select", "neg", "index_select"]]
+    else:
+        assert ["argsort" in " ".join(graph) for graph in graphs] == [True, False]
 
 
 def test_tensors_of_a_first_call_in_inference_mode_can_be_saved_for_backward():

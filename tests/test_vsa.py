@@ -365,17 +365,20 @@ def test_registered_ops_are_what_they_claim(tiles, backend):
     if backend == "triton" and tiles is not RAGGED:
         pytest.skip("the interpreter is slow, and the kernels take 64 slots")
     ops, x = torch.ops.fastdmd, inputs(tiles, B=1)
-    grid, tile, topk = tiles.grid, tiles.tile, min(2, tiles.n)
+    topk, slots = min(2, tiles.n), max(64, tiles.fullest)
+    geometry = tiles.on(x["q"].device)[:3]
+    row_start, n_valid, _ = geometry
+    pair_of = (row_start, n_valid, row_start, n_valid)
     q, k, v = (x[name].detach().requires_grad_() for name in "qkv")
     q_c, k_c = (vsa_ops.pool(x[name], tiles) for name in "qk")
     lists = choose(x, tiles, topk)
-    out, lse = ops.vsa_fine(x["q"], x["k"], x["v"], lists, grid, grid, tile)
+    out, lse = ops.vsa_fine(x["q"], x["k"], x["v"], lists, *pair_of, slots)
     for mean in (True, False):
-        torch.library.opcheck(ops.vsa_pool.default, (q, grid, tile, mean))
-        torch.library.opcheck(ops.vsa_spread.default, (q_c.requires_grad_(), grid, tile, mean, torch.float32))
-    torch.library.opcheck(ops.vsa_select.default, (q_c.detach(), k_c, grid, tile, topk))
-    torch.library.opcheck(ops.vsa_fine.default, (q, k, v, lists, grid, grid, tile))
-    given = (x["dout"], x["q"], x["k"], x["v"], out, lse, lists, grid, grid, tile)
+        torch.library.opcheck(ops.vsa_pool.default, (q, *geometry, mean))
+        torch.library.opcheck(ops.vsa_spread.default, (q_c.requires_grad_(), *geometry, mean, torch.float32))
+    torch.library.opcheck(ops.vsa_select.default, (q_c.detach(), k_c, row_start, n_valid, topk))
+    torch.library.opcheck(ops.vsa_fine.default, (q, k, v, lists, *pair_of, slots))
+    given = (x["dout"], x["q"], x["k"], x["v"], out, lse, lists, *pair_of)
     torch.library.opcheck(ops.vsa_fine_backward.default, given)
 
 

@@ -5,8 +5,7 @@ T H W: the grid in tokens. L = T * H * W tokens in n tiles; a tile has `slots` p
 """
 
 import math
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -34,26 +33,24 @@ def _tile_of_raster(grid: Grid, tile: Grid) -> Tensor:
     return index.flatten()
 
 
-@lru_cache(maxsize=64)
 def tile_order(grid: Grid, tile: Grid) -> Tensor:
-    """Raster indices in tile order, int64 [L] on the host: token j in tile order is raster token `order[j]`.
+    """Return the raster indices in tile order, int64 [L] on the host: token j in tile order is raster token `order[j]`.
 
     Tiles run t, h, w; inside a tile tokens run in raster order. Tiles cut by the grid's edge are smaller:
-    the order is compact, nothing is padded. Computed once per grid and cached.
+    the order is compact, nothing is padded.
     """
     _check(grid, tile)
     # stable: inside a tile the raster order stays
     return torch.argsort(_tile_of_raster(grid, tile), stable=True)
 
 
-@lru_cache(maxsize=64)
 def raster_order(grid: Grid, tile: Grid) -> Tensor:
-    """The inverse of `tile_order`, int64 [L]: raster token i is token `inverse[i]` in tile order."""
+    """Return the inverse of `tile_order`, int64 [L]: raster token i is token `inverse[i]` in tile order."""
     return torch.argsort(tile_order(grid, tile))
 
 
 class TileTensors(NamedTuple):
-    """A geometry on one device; tile i owns rows row_start[i] .. row_start[i] + n_valid[i] in tile order."""
+    """Hold a geometry on one device; tile i owns rows row_start[i] .. row_start[i] + n_valid[i] in tile order."""
 
     row_start: Tensor  # int32 [n]
     n_valid: Tensor  # int32 [n], 1..slots
@@ -62,58 +59,70 @@ class TileTensors(NamedTuple):
     inverse: Tensor  # int64 [L], raster_order
 
 
-@lru_cache(maxsize=64)
 def _tensors(grid: Grid, tile: Grid, device: torch.device) -> TileTensors:
     # a first call may come from inside inference_mode, whose tensors autograd could not save later
     with torch.inference_mode(False):
         order = tile_order(grid, tile)
         tile_of_row = _tile_of_raster(grid, tile)[order]
-        n_valid = torch.bincount(tile_of_row)
+        n_valid = torch.ones(1, dtype=torch.int64)
+        for n, size in zip(grid, tile, strict=True):  # not bincount: its shape would depend on values
+            on_axis = torch.tensor([min(size, n - start) for start in range(0, n, size)])
+            n_valid = (n_valid[:, None] * on_axis).flatten()
         row_start = n_valid.cumsum(0) - n_valid
-        host = (row_start.int(), n_valid.int(), tile_of_row, order, raster_order(grid, tile))
+        host = (row_start.int(), n_valid.int(), tile_of_row, order, torch.argsort(order))
         return TileTensors(*(x.to(device) for x in host))
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """A grid (T, H, W) of tokens cut in cubes. Compact: the edge's tiles are smaller, nothing is padded.
+    """Describe a grid (T, H, W) of tokens cut in cubes. Compact: the edge's tiles are smaller, nothing is padded.
 
-    A value: two of the same grid and tile are equal, and cheap to make. Its tensors are made once per device (`on`).
+    Two of the same grid and tile are equal. The tensors (`on`) belong to the instance: keep one per grid, and call
+    `on(device)` before a graph is compiled or captured, which takes them as inputs then.
     """
 
     grid: Grid
     tile: Grid = CUBE
+    _on: dict[torch.device, TileTensors] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _check(self.grid, self.tile)
 
     @property
     def L(self) -> int:
-        """Tokens."""
+        """Return the number of tokens."""
         return math.prod(self.grid)
 
     @property
     def n(self) -> int:
-        """Tiles."""
+        """Return the number of tiles."""
         (T, H, W), (t, h, w) = self.grid, self.tile
         return -(-T // t) * -(-H // h) * -(-W // w)
 
     @property
     def slots(self) -> int:
-        """Places of a tile."""
+        """Return the number of places of a tile."""
         return math.prod(self.tile)
 
+    @property
+    def fullest(self) -> int:
+        """Return the number of tokens of the fullest tile."""
+        (T, H, W), (t, h, w) = self.grid, self.tile
+        return min(t, T) * min(h, H) * min(w, W)
+
     def on(self, device: torch.device) -> TileTensors:
-        """The tensors of this geometry; the first call per device copies them there, later ones find them."""
-        return _tensors(self.grid, self.tile, device)
+        """Return the tensors of this geometry; the first call of an instance makes them and copies them there."""
+        if device not in self._on:
+            self._on[device] = _tensors(self.grid, self.tile, device)
+        return self._on[device]
 
     def to_tile_order(self, x: Tensor, dim: int) -> Tensor:
-        """Tokens of x along `dim` from raster to tile order: embeddings, RoPE tables, gates, masks alike."""
+        """Move the tokens of x along `dim` from raster to tile order: embeddings, RoPE tables, gates, masks alike."""
         self._check_length(x, dim)
         return x.index_select(dim, self.on(x.device).order)
 
     def to_raster_order(self, x: Tensor, dim: int) -> Tensor:
-        """The inverse of `to_tile_order`."""
+        """Move the tokens of x along `dim` from tile to raster order."""
         self._check_length(x, dim)
         return x.index_select(dim, self.on(x.device).inverse)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastdmd_kernels.tiles import N_VALID_BITS, Tiles
-from fastdmd_kernels.vsa_ops import fine, pool, select, spread
+from fastdmd_kernels.vsa_ops import check_slots, fine, pool, select, spread
 
 TilesOrPair = Tiles | tuple[Tiles, Tiles]
 
@@ -50,6 +50,7 @@ def video_sparse_attention(
     """
     q_tiles, k_tiles = _pair(tiles)
     _check(q, k, v, gate, q_tiles, k_tiles, topk)
+    check_slots(q_tiles, q.device)
     # under autocast scores would be bfloat16, and the choice of tiles chaotic; the meta device has no autocast
     with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):
         coarse = gate is not None
