@@ -199,13 +199,39 @@ def test_lists_are_those_of_the_reference(backend):
     assert torch.equal(choose(x, RAGGED, 3), words[best])
 
 
-def test_ties_go_to_the_lowest_index(backend):
-    means = torch.ones(1, 2, RAGGED.n, 16)
-    starts = RAGGED.on(means.device).row_start[:3]
-    assert torch.equal(vsa_ops.select(means, means, RAGGED, 3) >> 7, starts.expand(1, 2, RAGGED.n, 3))
-    means[:, :, 5] = 2  # one is better, the others tie
-    starts = RAGGED.on(means.device).row_start[[0, 1, 5]]
-    assert torch.equal(vsa_ops.select(means, means, RAGGED, 3) >> 7, starts.expand(1, 2, RAGGED.n, 3))
+def tiles_taken(op, tiles: Tiles, levels: list[int], topk: int, K: int = 16) -> list[list[int]]:
+    """Return the key tiles in whose direction the output of each token points, for keys of one level a tile."""
+    tile_of_row = tiles.on(torch.device("cpu")).tile_of_row
+    k = torch.tensor(levels, dtype=torch.float32)[tile_of_row][None, :, None, None].repeat(1, 1, 1, K)
+    v = nnf.one_hot(tile_of_row, K).float()[None, :, None]
+    out = op(torch.full_like(k, 0.5), k, v, None, tiles, topk)
+    return [row.nonzero().flatten().tolist() for row in out[0, :, 0]]
+
+
+@pytest.mark.parametrize("topk", [1, 3, 6, 8, 10, 11])
+@pytest.mark.parametrize("side", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("tiles", [Tiles((8, 8, 12)), Tiles((6, 5, 11))], ids=["even", "ragged"])
+def test_of_equal_scores_at_the_cut_the_lowest_tiles_are_kept(tiles, side, topk):
+    """The pooled scores are exact: integers times a constant."""
+    if side == "triton":
+        pytest.importorskip("triton")
+    levels = [1, 2, 0, 2, 1, 2, 0, 1, 2, 1, 0, 2]
+    kept = sorted(sorted(range(12), key=lambda i: (-levels[i], i))[:topk])
+    assert kept != sorted(sorted(range(12), key=lambda i: (-levels[i], -i))[:topk])  # the cut is between equals
+    if side == "reference":
+        taken = tiles_taken(vsa_reference, tiles, levels, topk)
+    else:
+        with dispatch.use(side):
+            taken = tiles_taken(video_sparse_attention, tiles, levels, topk)
+    assert taken == [kept] * tiles.L
+
+
+@pytest.mark.parametrize("op", [vsa_reference, video_sparse_attention])
+def test_all_equal_scores_keep_the_first_tiles(op):
+    """Past the size at which a sort that is not stable still looks so."""
+    tiles = Tiles((2, 2, 80), (2, 2, 2))
+    for topk in (1, 17, 39):
+        assert tiles_taken(op, tiles, [1] * 40, topk, K=64) == [list(range(topk))] * tiles.L
 
 
 @pytest.mark.parametrize("tiles", [EVEN, RAGGED, (RAGGED, EVEN)], ids=["even", "ragged", "pair"])
