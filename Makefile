@@ -22,7 +22,7 @@ bench: .venv/.dev  ## on this CPU: the torch backends beside their references, b
 
 gpu: $(if $(filter $(BIN)/%,$(PY)),.venv/.dev)  ## on this GPU: correctness, then all benchmarks; build/gpu, bench/results
 	@mkdir -p build/gpu
-	@$(HERE) -m pytest --noconftest -m gpu tests/test_gpu.py > build/gpu/tests.log 2>&1; tests=$$?; \
+	@$(HERE) -m pytest --noconftest -m gpu tests/kernels/test_gpu.py > build/gpu/tests.log 2>&1; tests=$$?; \
 	tail -n 40 build/gpu/tests.log; \
 	$(BENCH) --plan gpu --minutes 4.5 --results build/gpu --results bench/results > build/gpu/bench.log 2>&1; bench=$$?; \
 	tail -n 40 build/gpu/bench.log; \

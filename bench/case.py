@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench import shapes
+from bench import sizes
 from bench.clock import Run
 
 Tensors = list[Tensor]
@@ -19,7 +19,7 @@ class Work:
     exact: Callable[[], Tensors]
     flops: int = 0
     bytes: int = 0
-    kernels: tuple[str, ...] = ()  # of _triton whose launch configuration goes into the record
+    kernels: tuple[str, ...] = ()  # of triton whose launch configuration goes into the record
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Case:
     op: str
     variant: str
     of: str  # forward, backward, both
-    shape: shapes.Attention | shapes.Loss
+    shape: sizes.Attention | sizes.Loss
     dtype: str
     build: Callable[[torch.device], Work]
     ours: bool = False
@@ -55,7 +55,7 @@ def check(work: Work) -> float:
     """The largest relative error of what is about to be timed. AssertionError when it is not the same function.
 
     The limit asks no more than that: 2 roundings of the coarsest dtype, where a wrong index is off by 0.1. That errors
-    are at most twice those of PyTorch's own composition is for tests/test_gpu.py.
+    are at most twice those of PyTorch's own composition is for tests/kernels/test_gpu.py.
     """
     worst = 0.0
     for i, (x, true) in enumerate(zip(work.results(), work.exact(), strict=True)):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import clock, record
-from bench.shapes import PLANS, Plan
+from bench.sizes import PLANS, Plan
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HERE = Path(__file__).parent / "results"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bench.case import Case, Tensors, Work, upcast, values
-from bench.shapes import Attention, Plan, dense_flops
+from bench.sizes import Attention, Plan, dense_flops
 from bench.sparse import given, timed
 from fastdmd_kernels import attention as dense
 

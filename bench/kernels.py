@@ -12,7 +12,7 @@ import torch._functorch.config
 from bench import clock, dense, losses, record, sparse
 from bench.case import Case, Work, check
 from bench.conftest import DEVICE, Session
-from bench.shapes import PLANS, Attention
+from bench.sizes import PLANS, Attention
 
 torch._dynamo.config.recompile_limit = 64  # one function, many shapes
 torch._functorch.config.donated_buffer = False  # a backward is run many times over one forward

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bench.case import Case, Tensors, Work, random, upcast
-from bench.shapes import Loss, Plan, loss_bytes
+from bench.sizes import Loss, Plan, loss_bytes
 from fastdmd_kernels import dispatch, dmd_loss, sid_loss
 
 LOSSES: dict[str, tuple[Callable[..., tuple[Tensor, object]], int]] = {  # how many inputs get a gradient

@@ -73,8 +73,8 @@ def launch(kernels: tuple[str, ...], device: torch.device, dtype: str, K: int | 
     if dispatch.backend(device) != "triton":
         return None
     if K is None:
-        return importlib.import_module("fastdmd_kernels._triton.losses").OPTIONS
-    table = importlib.import_module("fastdmd_kernels._triton.config")
+        return importlib.import_module("fastdmd_kernels.losses.triton_shared").OPTIONS
+    table = importlib.import_module("fastdmd_kernels.triton_config")
     target = table.device_target(device)
     return {kernel: table.config(kernel, target, NAMES[dtype], K) for kernel in kernels}
 

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from bench.case import Case, Tensors, Work, random, upcast, values
-from bench.shapes import BACKWARD, Attention, Plan, sparse_flops
+from bench.sizes import BACKWARD, Attention, Plan, sparse_flops
 from fastdmd_kernels import dispatch
-from fastdmd_kernels._torch import vsa as torch_stages
 from fastdmd_kernels.tiles import N_VALID_BITS, Tiles
+from fastdmd_kernels.vsa import torch as torch_stages
 from fastdmd_kernels.vsa import video_sparse_attention, vsa_reference
-from fastdmd_kernels.vsa_ops import fine, pool, select, spread
+from fastdmd_kernels.vsa.ops import fine, pool, select, spread
 
 FORWARD_KERNELS = ("vsa_fwd",)
 BACKWARD_KERNELS = ("vsa_bwd_dq", "vsa_bwd_dkdv")

@@ -107,7 +107,7 @@ def sparsities(config: Config) -> set[float]:
 
 def warm(config: Config, target: str | None) -> str:
     """Compile for `target` ("sm_90", "gfx942", ..), or for this machine's GPU. -> what was done, in a line."""
-    from fastdmd_kernels._triton.warm import compiling, this_gpu  # triton is not everywhere
+    from fastdmd_kernels.triton_warm import compiling, this_gpu  # triton is not everywhere
 
     target = target or this_gpu()
     with compiling(target) as found:

@@ -26,10 +26,18 @@ from triton import knobs
 from triton.compiler import ASTSource
 
 from fastdmd_kernels import aot_resources
-from fastdmd_kernels._triton.spec import Spec, gpu_target
 from fastdmd_kernels.aot_rules import TARGETS, Record, baseline_of, key, problems
+from fastdmd_kernels.aot_spec import Spec, gpu_target
 
-MODULES = ("vsa_pool", "vsa_select", "vsa_invert", "vsa_fwd", "vsa_bwd", "dmd_loss", "sid_loss")  # of _triton
+MODULES = (
+    "vsa.triton_pool",
+    "vsa.triton_select",
+    "vsa.triton_invert",
+    "vsa.triton_fwd",
+    "vsa.triton_bwd",
+    "losses.triton_dmd",
+    "losses.triton_sid",
+)
 BASELINE = Path(__file__).parents[1] / "aot_baseline.json"
 
 Job = tuple[str, str, int]  # target, module, index of its spec
@@ -37,7 +45,7 @@ Job = tuple[str, str, int]  # target, module, index of its spec
 
 @cache
 def specs(target: str, module: str) -> list[Spec]:
-    return list(importlib.import_module(f"fastdmd_kernels._triton.{module}").specs(target))
+    return list(importlib.import_module(f"fastdmd_kernels.{module}").specs(target))
 
 
 def compile_spec(spec: Spec, target: str) -> tuple[bytes, Record]:

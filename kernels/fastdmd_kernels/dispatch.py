@@ -80,8 +80,8 @@ def use(name: Backend, launches: bool = True) -> Iterator[None]:
 
 
 def module(op: str, device: torch.device) -> ModuleType:
-    """What implements an op on this device: `_triton/<op>.py` or `_torch/<op>.py`, imported when first asked for."""
-    return importlib.import_module(f"fastdmd_kernels._{backend(device)}.{op}")
+    """What implements an op on this device: `<op>/triton.py` or `<op>/torch.py`, imported when first asked for."""
+    return importlib.import_module(f"fastdmd_kernels.{op}.{backend(device)}")
 
 
 def describe(device: torch.device) -> dict[str, str]:

@@ -3,7 +3,7 @@
 Trains each configuration, or goes on with its run, N at a time (absent: one a core); what a run prints goes into
 proof.log in its folder. Appends summary.json, the configuration's name, versions and commit to
 bench/results/proof.jsonl; draws bench/results/proof.svg; prints the table. Of a configuration the last line counts.
-Fails when a run does, or when a student is worse than `bench.proof_report.shortfall` allows.
+Fails when a run does, or when a student is worse than `bench.proof.report.shortfall` allows.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from traceback import format_exception
 
 import torch
 
-from bench.proof_report import ORDER, RESULTS, Line, newest, picture, shortfall, table
+from bench.proof.report import ORDER, RESULTS, Line, newest, picture, shortfall, table
 from bench.record import REPOSITORY, append, machine
 from fastdmd import config as configs
 from fastdmd import train as trainer
@@ -84,7 +84,7 @@ def watch(running: Mapping[Future[None], Sequence[Path]], runs: Sequence[Line]) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.proof", description=__doc__.splitlines()[0])
     known = [REPOSITORY / "configs" / f"tiny_{name}.toml" for name in ORDER]
     parser.add_argument("configs", type=Path, nargs="*", default=known, help="default: configs/tiny_*.toml")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time; default: one a core")
@@ -110,7 +110,3 @@ def main() -> None:
     mine = {path.stem for path in paths}
     if failed := [*failed, *filter(None, (shortfall(line) for line in lines if line["config"] in mine))]:
         sys.exit("\n".join(failed))
-
-
-if __name__ == "__main__":
-    main()

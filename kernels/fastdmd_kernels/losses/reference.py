@@ -1,4 +1,4 @@
-"""Score-distillation losses: what they mean, in plain PyTorch. The fused kernels of `_triton` have to match this page.
+"""Score-distillation losses in plain PyTorch. The fused kernels have to match this page; the contract is in api.py.
 
 x0_g student output, z = alpha(s) x0_g + sigma(s) eps, F raw outputs at (z, s): F_fake of the critic, F_c and F_u of the
 teacher with and without the condition; x0 = a z + b F. Tensors [B, ..]; a, b, w are [B] or scalars. All arithmetic is
@@ -8,8 +8,6 @@ at least float32, whatever the inputs are.
 import torch
 from torch import Tensor
 
-from fastdmd_kernels.dispatch import backend
-
 Scalar = Tensor | float
 Metrics = dict[str, Tensor]
 
@@ -17,30 +15,6 @@ Metrics = dict[str, Tensor]
 def guide(u: Tensor, c: Tensor, w: Scalar) -> Tensor:
     """Classifier-free guidance u + w (c - u); w = 1 is off. Published c + g (c - u) is w = g + 1."""
     return u + w * (c - u)
-
-
-def _check(
-    x0_g: Tensor, z: Tensor, F_fake: Tensor, F_c: Tensor, F_u: Tensor | None, a: Scalar, b: Scalar, w: Scalar
-) -> None:
-    """ValueError for shapes that differ or a missing F_u."""
-    shapes = [list(x.shape) for x in (x0_g, z, F_fake, F_c, F_u) if x is not None]
-    if any(shape != shapes[0] for shape in shapes):
-        raise ValueError(f"shapes differ: {shapes}")
-    if x0_g.ndim < 2:
-        raise ValueError(f"tensors of shape {shapes[0]}: want [B, ..]")
-    for value in (a, b, w):
-        if isinstance(value, Tensor) and value.ndim and value.shape != x0_g.shape[:1]:
-            raise ValueError(f"per-sample scalar of shape {list(value.shape)} for tensors {shapes[0]}")
-    if F_u is None and (isinstance(w, Tensor) or w != 1):
-        raise ValueError(f"guidance w = {w} needs F_u; leave F_u out only with w = 1")
-
-
-def _check_mask(mask: Tensor, like: Tensor) -> None:
-    fits = mask.ndim <= like.ndim and all(
-        m in (1, n) for m, n in zip(reversed(mask.shape), reversed(like.shape), strict=False)
-    )
-    if mask.dtype != torch.bool or not fits:
-        raise ValueError(f"mask {list(mask.shape)} {mask.dtype}: want bool, broadcastable to {list(like.shape)}")
 
 
 def _per_sample(value: Scalar, like: Tensor) -> Scalar:
@@ -79,19 +53,7 @@ def dmd_loss(
     w: Scalar,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """Distribution matching (DMD 2311.18828, eq. 7 and 8): the gradient of KL(student || teacher) at x0_g.
-
-    grad = b (F_fake - F_real) / mean_per_sample|x0_g - x0_real|, (x0_fake - x0_real) / mean|p| with 1.3-7 times less
-    bfloat16 rounding; loss = 0.5 mean((x0_g - sg(x0_g - grad))^2). Gradient to x0_g only. `mask`, boolean and
-    broadcastable to x0_g, keeps elements in the mean. Raises ValueError for shapes that differ.
-    """
-    _check(x0_g, z, F_fake, F_c, F_u, a, b, w)
-    if mask is not None:
-        _check_mask(mask, x0_g)
-    if backend(x0_g.device) == "triton":
-        from fastdmd_kernels._triton import dmd_loss as fused
-
-        return fused.dmd_loss(x0_g, z, F_fake, F_c, F_u, a, b, w, mask)
+    """Compute what `api.dmd_loss` means (DMD 2311.18828, eq. 7 and 8), for inputs that it has checked."""
     x0, z, F_fake, F_real = _inputs(x0_g, z, F_fake, F_c, F_u, w)
     with torch.no_grad():
         a, b = _per_sample(a, z), _per_sample(b, z)
@@ -118,16 +80,7 @@ def sid_loss(
     w: Scalar,
     alpha: float,
 ) -> tuple[Tensor, Metrics]:
-    """Score identity distillation (SiD 2404.04057, eq. 23) with the normaliser of DMD.
-
-    mean((x0_real - x0_fake) ((x0_real - x0_g) - alpha (x0_real - x0_fake)) / sg(mean_per_sample|x0_g - x0_real|)).
-    Nothing but the normaliser is detached: gradients flow to x0_g, z, F_fake, F_c and F_u.
-    """
-    _check(x0_g, z, F_fake, F_c, F_u, a, b, w)
-    if backend(x0_g.device) == "triton":
-        from fastdmd_kernels._triton import sid_loss as fused
-
-        return fused.sid_loss(x0_g, z, F_fake, F_c, F_u, a, b, w, alpha)
+    """Compute what `api.sid_loss` means (SiD 2404.04057, eq. 23), for inputs that it has checked."""
     x0, z, F_fake, F_real = _inputs(x0_g, z, F_fake, F_c, F_u, w)
     a, b = _per_sample(a, z), _per_sample(b, z)
     p = a * z + b * F_real - x0

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdmd_kernels._triton.config import POINTERS, config, device_target, has_async_copies, uses_tensor_cores
-from fastdmd_kernels._triton.spec import DTYPES, HEAD_DIMS, Spec
-from fastdmd_kernels._triton.tokens import (
+from fastdmd_kernels.aot_spec import DTYPES, HEAD_DIMS, Spec
+from fastdmd_kernels.triton_config import POINTERS, config, device_target, has_async_copies, uses_tensor_cores
+from fastdmd_kernels.vsa.triton_tokens import (
     BLOCK,
     NAMES,
     can_describe,

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from tiny import write_toml
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from bench import proof, proof_report, record
+from bench import record
+from bench.proof import report as proof_report
+from bench.proof import run as proof
 from fastdmd.config import ConfigError
 
 

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdmd_kernels._triton.config import config, device_target
-from fastdmd_kernels._triton.spec import DTYPES, HEAD_DIMS, Spec
-from fastdmd_kernels._triton.tokens import BLOCK, NAMES, check_tokens, load_tile
+from fastdmd_kernels.aot_spec import DTYPES, HEAD_DIMS, Spec
+from fastdmd_kernels.triton_config import config, device_target
+from fastdmd_kernels.vsa.triton_tokens import BLOCK, NAMES, check_tokens, load_tile
 
 
 @triton.jit

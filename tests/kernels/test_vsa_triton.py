@@ -14,9 +14,10 @@ import triton.language as tl
 from recomputed import recomputed
 from torch import Tensor
 
-from fastdmd_kernels._triton import vsa, vsa_bwd, vsa_fwd
-from fastdmd_kernels._triton.config import config
-from fastdmd_kernels._triton.tokens import store_tile
+from fastdmd_kernels.triton_config import config
+from fastdmd_kernels.vsa import triton as vsa
+from fastdmd_kernels.vsa import triton_bwd, triton_fwd
+from fastdmd_kernels.vsa.triton_tokens import store_tile
 
 # in the rows of pad keys, which are not stored, probabilities have no bound
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered|invalid value encountered:RuntimeWarning")
@@ -47,7 +48,7 @@ def lend_16_bits(op: str, target: str, dtype: str, K: int):
 @pytest.fixture(params=["descriptors", "pointers"])
 def path(request, monkeypatch):
     """Float32 has its own configuration, pointers and 16 rows a program: "descriptors" lends it that of 16 bits."""
-    for module in (vsa_fwd, vsa_bwd):
+    for module in (triton_fwd, triton_bwd):
         if request.param == "pointers":
             monkeypatch.setattr(module, "can_describe", lambda x: False)
         elif DEVICE == "cpu":
@@ -373,7 +374,7 @@ class TestFarAddresses:
         assert error(vsa.pool(x, *tiles), pooled(x, tiles)) < 1e-6
         lists = pack(torch.zeros(*shape[:1], shape[2], len(tiles[0]), 1, dtype=torch.int64, device=DEVICE) + 1, tiles)
         for can in (lambda x: True, lambda x: False):
-            monkeypatch.setattr(vsa_fwd, "can_describe", can)
+            monkeypatch.setattr(triton_fwd, "can_describe", can)
             near, far = (vsa.fine_fwd(y, y, y, lists, *tiles)[0] for y in (x.contiguous(), x))
             assert torch.equal(near, far)
 

@@ -11,14 +11,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdmd_kernels import Tiles, dispatch, dmd_loss, sid_loss
-from fastdmd_kernels.vsa_ops import pool, select
+from fastdmd_kernels.vsa.ops import pool, select
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
 from bench import report  # noqa: E402
 from bench.case import Work, check  # noqa: E402
-from bench.shapes import BACKWARD, PLANS, Attention, dense_flops, loss_bytes, sparse_flops  # noqa: E402
+from bench.sizes import BACKWARD, PLANS, Attention, dense_flops, loss_bytes, sparse_flops  # noqa: E402
 from bench.sparse import block_mask, padded, unpadded  # noqa: E402
 
 CPU = torch.device("cpu")

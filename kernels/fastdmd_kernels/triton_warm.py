@@ -16,7 +16,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from fastdmd_kernels import dispatch
-from fastdmd_kernels._triton.spec import gpu_target
+from fastdmd_kernels.aot_spec import gpu_target
 
 
 def this_gpu() -> str:

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdmd_kernels._triton.config import config, device_target
-from fastdmd_kernels._triton.spec import HEAD_DIMS, Spec
+from fastdmd_kernels.aot_spec import HEAD_DIMS, Spec
+from fastdmd_kernels.triton_config import config, device_target
 
 ROW_ELEMENTS = 8192  # scores of one program, 16 registers a thread; twice that spills on sm_80 and gfx942
 MAX_TILES = 16384  # two counts share an int32 below

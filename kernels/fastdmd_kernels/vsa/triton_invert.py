@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdmd_kernels._triton.config import config, device_target
-from fastdmd_kernels._triton.spec import Spec
+from fastdmd_kernels.aot_spec import Spec
+from fastdmd_kernels.triton_config import config, device_target
 
 LIST_BLOCK = 128  # entries of a list at a time
 

@@ -9,7 +9,7 @@ import torch
 
 from fastdmd_kernels import dispatch
 
-KERNELS = Path(__file__).parent.parent / "kernels"
+KERNELS = Path(__file__).parents[2] / "kernels"
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
@@ -66,7 +66,7 @@ def test_a_gpu_without_triton_is_an_error_in_one_line(undecided, monkeypatch):
 
 
 def test_the_file_of_an_op_is_that_of_its_backend(monkeypatch):
-    assert dispatch.module("vsa", CPU).__name__ == "fastdmd_kernels._torch.vsa"
+    assert dispatch.module("vsa", CPU).__name__ == "fastdmd_kernels.vsa.torch"
 
 
 def test_describe_says_why(undecided, monkeypatch):

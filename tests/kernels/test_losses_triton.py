@@ -13,8 +13,8 @@ from torch.library import opcheck
 pytest.importorskip("triton")
 
 from fastdmd_kernels import dmd_loss, sid_loss
-from fastdmd_kernels._triton.losses import BLOCK, CHUNKS, chunks_of, mask_args
 from fastdmd_kernels.dispatch import use
+from fastdmd_kernels.losses.triton_shared import BLOCK, CHUNKS, chunks_of, mask_args
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, of NaN and 0 / 0 in the interpreter
 
@@ -147,9 +147,9 @@ def test_dmd_and_sid_of_a_sample_do_not_depend_on_the_batch(name):
 
 @both
 def test_more_chunks_than_one_program_sums_are_longer_chunks(name, monkeypatch):
-    from fastdmd_kernels._triton import losses
+    from fastdmd_kernels.losses import triton_shared
 
-    monkeypatch.setattr(losses, "CHUNKS", 3)  # as if a sample had 340 times as many elements
+    monkeypatch.setattr(triton_shared, "CHUNKS", 3)  # as if a sample had 340 times as many elements
     args = arguments((2, 8 * BLOCK + 5))
     assert chunks_of(args[0]) == (8 * BLOCK + 5, 3, 3)
     assert_no_worse(name, args)

@@ -1,4 +1,4 @@
-"""dmd_loss in one reduction pass and one write pass (DMD 2311.18828); the contract is in fastdmd_kernels/losses.py.
+"""dmd_loss in one reduction pass and one write pass (DMD 2311.18828); the contract is in api.py.
 
 B samples of n elements.
 """
@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdmd_kernels._triton.losses import (
+from fastdmd_kernels.aot_spec import Spec
+from fastdmd_kernels.losses.triton_shared import (
     BLOCK,
     CHUNKS,
     COUNTS,
@@ -31,7 +32,6 @@ from fastdmd_kernels._triton.losses import (
     sum_partials,
     tensor_args,
 )
-from fastdmd_kernels._triton.spec import Spec
 
 
 @triton.jit(do_not_specialize=COUNTS)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastdmd_kernels import Tiles, dispatch, dmd_loss, sid_loss, video_sparse_attention, vsa_reference
 from fastdmd_kernels import attention as dense
-from fastdmd_kernels.vsa_ops import fine, pool, select
+from fastdmd_kernels.vsa.ops import fine, pool, select
 
 GPU = torch.cuda.is_available()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA or ROCm device")]

@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdmd_kernels._triton.config import POINTERS, config, device_target, has_async_copies, uses_tensor_cores
-from fastdmd_kernels._triton.spec import DTYPES, HEAD_DIMS, Spec
-from fastdmd_kernels._triton.tokens import (
+from fastdmd_kernels.aot_spec import DTYPES, HEAD_DIMS, Spec
+from fastdmd_kernels.triton_config import POINTERS, config, device_target, has_async_copies, uses_tensor_cores
+from fastdmd_kernels.vsa.triton_invert import invert
+from fastdmd_kernels.vsa.triton_tokens import (
     BLOCK,
     NAMES,
     can_describe,
@@ -30,7 +31,6 @@ from fastdmd_kernels._triton.tokens import (
     tile_ptrs,
     token_type,
 )
-from fastdmd_kernels._triton.vsa_invert import invert
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdmd_kernels._triton.spec import DTYPES, Spec
+from fastdmd_kernels.aot_spec import DTYPES, Spec
 
 Scalar = Tensor | float
 
