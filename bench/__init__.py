@@ -1,1 +1,4 @@
-"""Microbenchmarks of the kernels: `make bench` on a CPU, `make gpu` on a GPU. LOG.md: what was predicted and found."""
+"""Microbenchmarks of the kernels: `make bench` on a CPU, `make gpu` on a GPU.
+
+LOG.md has what was predicted and found.
+"""

@@ -42,7 +42,7 @@ def random(*size: int, dtype: torch.dtype, device: torch.device, seed: int) -> T
 
 
 def values(run: Callable[..., Tensor], inputs: Tensors, dout: Tensor) -> Tensors:
-    """[out, gradients ..]"""
+    """Return [out, gradients ..]."""
     out = run(*inputs)
     return [out.detach(), *torch.autograd.grad(out, inputs, dout)]
 
@@ -52,10 +52,11 @@ def upcast(x: Tensor) -> Tensor:
 
 
 def check(work: Work) -> float:
-    """The largest relative error of what is about to be timed. AssertionError when it is not the same function.
+    """Return the largest relative error of what is about to be timed.
 
-    The limit asks no more than that: 2 roundings of the coarsest dtype, where a wrong index is off by 0.1. That errors
-    are at most twice those of PyTorch's own composition is for tests/kernels/test_gpu.py.
+    Raises AssertionError when it is not the same function. The limit asks no more than that: 2 roundings of
+    the coarsest dtype, where a wrong index is off by 0.1. That errors are at most twice those of PyTorch's
+    own composition is for tests/kernels/test_gpu.py.
     """
     worst = 0.0
     for i, (x, true) in enumerate(zip(work.results(), work.exact(), strict=True)):

@@ -1,4 +1,7 @@
-"""How time is taken: events in the device's queue on a GPU, the wall clock on a CPU. And what the machine can do."""
+"""How time is taken, and what the machine can do.
+
+On a GPU by events in the device's queue, on a CPU by the wall clock.
+"""
 
 import time
 from collections.abc import Callable
@@ -13,9 +16,10 @@ COPY_BYTES = {"cuda": 2 << 30, "cpu": 256 << 20}
 
 
 class Moment:
-    """A reading of the GPU's clock, as pytest-benchmark's timer: an event that is queued, and awaited when subtracted.
+    """Read the GPU's clock for pytest-benchmark's timer.
 
-    No synchronisation stands between the reading and the work: the host runs ahead, and is not measured.
+    It is an event that is queued, and awaited when subtracted. No synchronisation stands between the reading
+    and the work: the host runs ahead, and is not measured.
     """
 
     def __init__(self) -> None:
@@ -31,7 +35,10 @@ timer = Moment if torch.cuda.is_available() else time.perf_counter
 
 
 class Flush:
-    """Fills the level-2 cache with something else, and gives the host a head start; on a CPU nothing."""
+    """Fill the level-2 cache with something else, and give the host a head start.
+
+    On a CPU nothing happens.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.buffer = None
@@ -45,7 +52,7 @@ class Flush:
 
 
 def seconds(run: Run, rounds: int, flush: Flush | None = None) -> float:
-    """Median of `rounds` after one to warm up."""
+    """Return the median of `rounds` calls after one to warm up."""
     times = []
     for _ in range(1 + rounds):
         if flush:
@@ -57,7 +64,10 @@ def seconds(run: Run, rounds: int, flush: Flush | None = None) -> float:
 
 
 def captured(run: Run) -> Run:
-    """The same work as one CUDA graph: kernels of microseconds without the host's gaps between them."""
+    """Capture the same work as one CUDA graph.
+
+    Kernels of microseconds then run without the host's gaps between them.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -71,7 +81,10 @@ def captured(run: Run) -> Run:
 
 
 def peak_memory_gb(run: Run, device: torch.device) -> float | None:
-    """What a call takes on top of its inputs, in 1e9 bytes; None on a CPU, where nobody counts."""
+    """Return what a call takes on top of its inputs, in 1e9 bytes.
+
+    It is None on a CPU, where nobody counts.
+    """
     if device.type != "cuda":
         run()
         return None
@@ -84,7 +97,10 @@ def peak_memory_gb(run: Run, device: torch.device) -> float | None:
 
 
 def ceilings(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> dict[str, float]:
-    """Measured here and now, on random data: zeros run faster. Copies in GB/s read and written, products in TFLOP/s."""
+    """Measure the limits of this machine here and now, on random data: zeros run faster.
+
+    Copies are in GB/s read and written, products in TFLOP/s.
+    """
     flush = Flush(device)
     source = torch.rand(COPY_BYTES[device.type] // 4, device=device)
     copy = partial(torch.empty_like(source).copy_, source)

@@ -1,5 +1,7 @@
-"""Every op beside its reference and its peers: `python -m pytest bench/kernels.py`, with the repository's root and
-`kernels` on the path. What is wrong is not timed. Lines go to results/<device>.jsonl, for `python -m bench.report`.
+"""Time every op beside its reference and its peers: `python -m pytest bench/kernels.py`.
+
+The repository's root and `kernels` have to be on the path. What is wrong is not timed. Lines go to
+results/<device>.jsonl, for `python -m bench.report`.
 """
 
 import gc
@@ -26,12 +28,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     # shape by shape: inputs are made once
     order = {shape.name: i for i, shape in enumerate((*plan.losses, *plan.attention))}
     cases = [case for module in (losses, sparse, dense) for case in module.cases(plan, DEVICE)]
-    metafunc.parametrize("case", sorted(cases, key=lambda case: (order[case.shape.name], case.dtype)), ids=str)
+    metafunc.parametrize(
+        "case", sorted(cases, key=lambda case: (order[case.shape.name], case.dtype)), ids=str
+    )
 
 
 @pytest.fixture(autouse=True)
 def empty_handed():
-    """What the last benchmark held is freed."""
+    """Free what the last benchmark held."""
     yield
     gc.collect()
     if DEVICE.type == "cuda":
@@ -68,7 +72,8 @@ def line_of(
     graph: bool,
 ) -> dict[str, object]:
     p20, p50, p80 = (times[round(p * (len(times) - 1))] for p in (0.2, 0.5, 0.8))
-    tflops, gb_s = work.flops / p50 / 1e12 or None, work.bytes / p50 / 1e9 or None
+    tflops = work.flops / p50 / 1e12 if work.flops else None
+    gb_s = work.bytes / p50 / 1e9 if work.bytes else None
     matmul = session.ceilings.get(f"matmul_{case.dtype}_tflops")
     K = case.shape.K if isinstance(case.shape, Attention) else None
     return {
@@ -91,5 +96,7 @@ def line_of(
         "of_copy": gb_s / session.ceilings["copy_gb_s"] if gb_s else None,
         "peak_memory_gb": memory,
         "error": error,
-        "launch": record.launch(work.kernels, session.device, case.dtype, K) if case.ours and work.kernels else None,
+        "launch": record.launch(work.kernels, session.device, case.dtype, K)
+        if case.ours and work.kernels
+        else None,
     }

@@ -17,7 +17,7 @@ LOSSES: dict[str, tuple[Callable[..., tuple[Tensor, object]], int]] = {  # how m
 
 
 def inputs_of(shape: Loss, dtype: str, device: torch.device) -> Tensors:
-    """x0_g, z, F_fake, F_c, F_u."""
+    """Draw x0_g, z, F_fake, F_c, F_u."""
     names = ("float32", "float32", "bfloat16", "bfloat16", "bfloat16") if dtype == "mixed" else (dtype,) * 5
     dtypes = (getattr(torch, name) for name in names)
     return [random(*shape.shape, dtype=d, device=device, seed=i) for i, d in enumerate(dtypes)]
@@ -68,4 +68,6 @@ def cases(plan: Plan, device: torch.device) -> Iterator[Case]:
                 for of in ("forward", "both"):
                     for variant in variants:
                         build = partial(_work, op, variant, of, shape, dtype)
-                        yield Case(op, variant, of, shape, dtype, build, ours=variant == "ours", captured=True)
+                        yield Case(
+                            op, variant, of, shape, dtype, build, ours=variant == "ours", captured=True
+                        )

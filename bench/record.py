@@ -29,7 +29,7 @@ def device_name(device: torch.device) -> str:
 
 
 def file_name(device: torch.device) -> str:
-    """The device's name as a file's: nvidia-h200.jsonl."""
+    """Return the device's name as that of a file: nvidia-h200.jsonl."""
     return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-") + ".jsonl"
 
 
@@ -41,7 +41,7 @@ def installed(package: str) -> str | None:
 
 
 def git(*arguments: str) -> str | None:
-    """None outside a checkout."""
+    """Return what git prints, None outside a checkout."""
     try:
         done = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -50,7 +50,7 @@ def git(*arguments: str) -> str | None:
 
 
 def machine(device: torch.device) -> dict[str, object]:
-    """What is the same in all lines of a session."""
+    """Return what is the same in all lines of a session."""
     changes = git("status", "--porcelain")
     return {
         "device": device_name(device),
@@ -68,8 +68,13 @@ def machine(device: torch.device) -> dict[str, object]:
     }
 
 
-def launch(kernels: tuple[str, ...], device: torch.device, dtype: str, K: int | None) -> dict[str, object] | None:
-    """The configurations that triton kernels were launched with; None for the torch backend."""
+def launch(
+    kernels: tuple[str, ...], device: torch.device, dtype: str, K: int | None
+) -> dict[str, object] | None:
+    """Return the configurations that triton kernels were launched with.
+
+    The torch backend has none: None.
+    """
     if dispatch.backend(device) != "triton":
         return None
     if K is None:

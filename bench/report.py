@@ -1,7 +1,7 @@
-"""The results as a table, each op beside its fastest peer: `python -m bench.report [--markdown] [FILE.jsonl ..]`.
+"""Print the results, each op beside its fastest peer: `python -m bench.report [--markdown] [FILE.jsonl ..]`.
 
-Of lines that measure the same the last counts. A peer computes the same function; for the sparse op the fastest dense
-attention of the same shape stands in a column of its own.
+Of lines that measure the same the last counts. A peer computes the same function; for the sparse op the
+fastest dense attention of the same shape stands in a column of its own.
 """
 
 import argparse
@@ -10,7 +10,19 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-HEADER = ("device", "op", "of", "shape", "dtype", "ours", "rate", "of ceiling", "best peer", "x peer", "x dense")
+HEADER = (
+    "device",
+    "op",
+    "of",
+    "shape",
+    "dtype",
+    "ours",
+    "rate",
+    "of ceiling",
+    "best peer",
+    "x peer",
+    "x dense",
+)
 Line = dict[str, Any]
 
 
@@ -61,7 +73,7 @@ def rate(line: Line) -> str:
 
 
 def share(line: Line) -> str:
-    """Of the matrix products' rate, or of the copy's where the op moves bytes."""
+    """Return the share of the matrix products' rate, or of the copy's where the op moves bytes."""
     part = line["of_matmul"] if line["tflops"] else line["of_copy"]
     return "" if part is None else f"{part:.0%}"
 

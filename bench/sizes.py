@@ -17,7 +17,7 @@ SCORES = 4e9  # bytes of float32 scores up to which what holds all of them is ru
 
 @dataclass(frozen=True)
 class Attention:
-    """Self-attention of one layer."""
+    """Describe the self-attention of one layer."""
 
     name: str
     grid: Grid
@@ -52,7 +52,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Loss:
-    """A latent; `mixed` is x0_g and z in float32, network outputs in bfloat16."""
+    """Describe a latent; `mixed` is x0_g and z in float32, network outputs in bfloat16."""
 
     name: str
     shape: tuple[int, ...]
@@ -114,20 +114,24 @@ PLANS = {
 
 
 def dense_flops(shape: Attention) -> int:
-    """Of a forward: two products of Lq x Lk x K."""
+    """Count the FLOPs of a forward: two products of Lq x Lk x K."""
     return 4 * shape.B * shape.N * shape.tiles.L**2 * shape.K
 
 
 def sparse_flops(shape: Attention, lists: Tensor) -> int:
-    """Of a forward: the queries of each tile by the keys of its list; what pads ragged tiles is not work."""
+    """Count the FLOPs of a forward: the queries of each tile by the keys of its list.
+
+    What pads ragged tiles is not work.
+    """
     n_valid = shape.tiles.on(lists.device).n_valid.long()
     keys = (lists & 127).long().sum(-1)  # [B, N, nq]
     return 4 * shape.K * int((keys * n_valid).sum())
 
 
 def loss_bytes(inputs: list[Tensor], gradients: list[Tensor]) -> int:
-    """The floor: every input read once, every gradient written once. DMD 5 + 1 passes with guidance, SiD 5 + 5.
+    """Return the floor: every input read once, every gradient written once.
 
-    No two-pass implementation reaches it from memory: it reads some inputs twice (DMD moves 9, SiD 15).
+    DMD has 5 + 1 passes with guidance, SiD 5 + 5. No two-pass implementation reaches it from memory: it reads
+    some inputs twice (DMD moves 9, SiD 15).
     """
     return sum(math.prod(x.shape) * x.element_size() for x in (*inputs, *gradients))

@@ -1,4 +1,4 @@
-"""Video sparse attention and its stages, against the definition, FlexAttention over the same lists, torch.compile."""
+"""Video sparse attention and its stages beside the definition, FlexAttention over the lists, inductor."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -40,7 +40,7 @@ def given(shape: Attention, dtype: torch.dtype, device: torch.device) -> Given:
 
 
 def with_lists(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, tiles: Tiles, lists: Tensor) -> Tensor:
-    """The op's stages for lists that are given."""
+    """Run the op's stages on given lists."""
     out = fine(q, k, v, lists, tiles, tiles)
     if gate is None:
         return out
@@ -50,7 +50,10 @@ def with_lists(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, tiles: Tile
 
 @lru_cache(maxsize=2)
 def exact_values(shape: Attention, dtype: torch.dtype, device: torch.device, gated: bool) -> Tensors:
-    """[out, dq, dk, dv (, dgate)] of the last head in float32: all heads would not fit."""
+    """Return [out, dq, dk, dv (, dgate)] of the last head in float32.
+
+    All heads would not fit.
+    """
     *tokens, dout, lists = given(shape, dtype, device)
     inputs, dout = [upcast(x[:, :, -1:]) for x in tokens[: 3 + gated]], dout[:, :, -1:].float()
     lists = lists[:, -1:]
@@ -73,7 +76,7 @@ def timed(
     exact: Callable[[], Tensors],
     flops: int,
 ) -> Work:
-    """A forward as training runs it, or the backward of one; both are checked."""
+    """Time a forward as training runs it, or the backward of one; check both."""
 
     def checked() -> Tensors:
         return results(values(run, inputs, dout))
@@ -115,7 +118,7 @@ def _fine(shape: Attention, dtype: torch.dtype, of: str, device: torch.device) -
 
 
 def masked(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
-    """The fine stage as a dense masked attention; keep [B, N, L, L]."""
+    """Compute the fine stage as a dense masked attention; keep [B, N, L, L]."""
     scores = torch.einsum("blnk,bmnk->bnlm", q, k) * q.shape[-1] ** -0.5
     return torch.einsum("bnlm,bmnk->blnk", torch.softmax(scores.masked_fill(~keep, -math.inf), dim=-1), v)
 
@@ -130,22 +133,28 @@ def _masked(shape: Attention, dtype: torch.dtype, of: str, device: torch.device)
 
 
 def picked_tiles(tiles: Tiles, lists: Tensor) -> Tensor:
-    """Lists as a map, bool [B, N, nq, nk]."""
+    """Turn lists into a map, bool [B, N, nq, nk]."""
     chosen = torch.searchsorted(tiles.on(lists.device).row_start, (lists >> N_VALID_BITS).contiguous())
     empty = torch.zeros(*lists.shape[:3], tiles.n, dtype=torch.bool, device=lists.device)
     return empty.scatter(-1, chosen, True)
 
 
-# -------------------------------------------------------------------------------------------------- FlexAttention
+# ---------------------------------------------------------------------------------------------- FlexAttention
 
 
 def block_mask(tiles: Tiles, lists: Tensor) -> BlockMask:
-    """The lists over tokens padded to whole tiles: full tiles need no mask, ragged ones keep their valid keys."""
+    """Turn the lists into a mask over tokens padded to whole tiles.
+
+    Full tiles need no mask, ragged ones keep their valid keys.
+    """
     geometry = tiles.on(lists.device)
     picked, full = picked_tiles(tiles, lists), geometry.n_valid == tiles.slots
 
     def ordered(keep: Tensor) -> Tensors:
-        return [keep.sum(-1, dtype=torch.int32), keep.byte().argsort(dim=-1, descending=True, stable=True).int()]
+        return [
+            keep.sum(-1, dtype=torch.int32),
+            keep.byte().argsort(dim=-1, descending=True, stable=True).int(),
+        ]
 
     def valid(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return j % tiles.slots < geometry.n_valid[j // tiles.slots]
@@ -156,11 +165,15 @@ def block_mask(tiles: Tiles, lists: Tensor) -> BlockMask:
 
 
 def padded(x: Tensor, tiles: Tiles) -> Tensor:
-    """[B, L, N, K] -> [B, N, n * slots, K], each tile's tokens at its front and zeros behind."""
+    """Copy [B, L, N, K] to [B, N, n * slots, K], each tile's tokens at its front and zeros behind."""
     geometry = tiles.on(x.device)
     slot = torch.arange(tiles.slots, device=x.device)
     rows = (geometry.row_start.long()[:, None] + slot).clamp(max=tiles.L - 1).flatten()
-    x = x.detach().index_select(1, rows).masked_fill((slot >= geometry.n_valid[:, None]).flatten()[:, None, None], 0)
+    x = (
+        x.detach()
+        .index_select(1, rows)
+        .masked_fill((slot >= geometry.n_valid[:, None]).flatten()[:, None, None], 0)
+    )
     return x.transpose(1, 2)
 
 
@@ -186,11 +199,14 @@ def _flex(shape: Attention, dtype: torch.dtype, of: str, device: torch.device) -
     return timed(run, inputs, padded(dout, shape.tiles), of, results, exact, sparse_flops(shape, lists))
 
 
-# --------------------------------------------------------------------------------------------------------- stages
+# ----------------------------------------------------------------------------------------------------- stages
 
 
 def _stage(stage: str, ours: bool, shape: Attention, dtype: torch.dtype, device: torch.device) -> Work:
-    """One that moves bytes: inputs read once, the output written once. Both sides give the same, to rounding."""
+    """Time a stage that moves bytes: inputs read once, the output written once.
+
+    Both sides give the same, to rounding.
+    """
     q, k, *_, lists = (x.detach() for x in given(shape, dtype, device))
     tiles = shape.tiles.on(device)
     q_c, k_c = pool(q, shape.tiles), pool(k, shape.tiles)
@@ -223,7 +239,7 @@ def _stage(stage: str, ours: bool, shape: Attention, dtype: torch.dtype, device:
 
 
 def inverse(shape: Attention, lists: Tensor) -> Tensors:
-    """What `invert` gives, by sorting."""
+    """Compute what `invert` gives, by sorting."""
     chosen = torch.searchsorted(shape.tiles.on(lists.device).row_start, (lists >> N_VALID_BITS).contiguous())
     flat = chosen.flatten(2)  # [B, N, nq * topk], query tile by query tile
     order = flat.argsort(dim=-1, stable=True)
@@ -232,7 +248,7 @@ def inverse(shape: Attention, lists: Tensor) -> Tensors:
     return [counts.cumsum(-1), (order // shape.topk).float()]
 
 
-# ---------------------------------------------------------------------------------------------------------- cases
+# ------------------------------------------------------------------------------------------------------ cases
 
 
 def cases(plan: Plan, device: torch.device) -> Iterator[Case]:
@@ -254,7 +270,10 @@ def cases(plan: Plan, device: torch.device) -> Iterator[Case]:
                 if shape.flex and dtype == shape.dtypes[0]:
                     yield Case("vsa_fine", "flex", of, **row, build=partial(_flex, shape, dtype, of))
             for stage in ("pool", "select", *(["invert"] if gpu else [])):
-                for ours in (True, *([False] if gpu and stage != "invert" and shape.holds_all_scores else [])):
+                for ours in (
+                    True,
+                    *([False] if gpu and stage != "invert" and shape.holds_all_scores else []),
+                ):
                     yield Case(
                         f"vsa_{stage}",
                         "ours" if ours else "torch",

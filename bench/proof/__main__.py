@@ -1,4 +1,7 @@
-"""Run the proof: `python -m bench.proof`. Its functions are in run.py, where processes that are spawned find them."""
+"""Run the proof: `python -m bench.proof`.
+
+Its functions are in run.py, where processes that are spawned find them.
+"""
 
 from bench.proof.run import main
 

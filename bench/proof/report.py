@@ -26,21 +26,29 @@ ORDER = (
     "sdxl_lcm",
     "sdxl_lcm_lora",
 )
-LEAST_GAIN, LEAST_SHARE, LEAST_SHARE_OF_SCORES = 0.25, 0.85, 0.92  # of a student; the last one of DMD and SiD
+# what is asked of a student
+LEAST_GAIN = 0.25
+LEAST_SHARE = 0.85
+LEAST_SHARE_OF_SCORES = 0.92  # of DMD and SiD
 Line = dict[str, Any]
 
 
 def newest(results: Path) -> list[Line]:
-    """The last line of each configuration, in the order of ORDER."""
+    """Return the last line of each configuration, in the order of ORDER."""
     path = results / "proof.jsonl"
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    lines = (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    )
     last = {line["config"].removeprefix("tiny_"): line for line in lines}
     return [last[name] for name in ORDER if name in last]
 
 
 def shortfall(line: Line) -> str | None:
-    """How a student misses what is asked of it: LEAST_GAIN over its teacher in as few steps, by the teacher's sampler
-    and by its own, and a share of what the teacher has in 50; None when it does not."""
+    """Say how a student misses what is asked of it; return None when it does not.
+
+    Asked are LEAST_GAIN over its teacher in as few steps, by the teacher's sampler and by its own, and a
+    share of what the teacher has in 50.
+    """
     of_50, few, start, student = (line["scores"][who]["oracle"] for who in WHO)
     few = max(few, start)
     share = LEAST_SHARE_OF_SCORES if {"dmd", "sid"} & set(line["config"].split("_")) else LEAST_SHARE
@@ -54,6 +62,7 @@ def percent(part: float, whole: float) -> str:
 
 
 def table(lines: list[Line]) -> str:
+    """Lay out one row per configuration."""
     rows = [("config", "steps", *(f"{who}: oracle, SWD" for who in WHO.values()), "of teacher", "training")]
     for line in lines:
         scores = line["scores"]
@@ -67,17 +76,23 @@ def table(lines: list[Line]) -> str:
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 LEFT, RIGHT, TOP, ROW, KEY = 180, 700, 56, 30, 156
 STYLE = """text { font: 13px sans-serif; fill: #1c1c1a } .faint { fill: #6d6d68 } .rule { stroke: #dcdcd6 }
 .between { stroke: #eab79d; stroke-width: 3 } .teacher_50 { fill: #fff; stroke: #1c1c1a; stroke-width: 1.75 }
-.teacher_few { fill: #9a9a94 } .start { fill: none; stroke: #c2410c; stroke-width: 1.75 } .student { fill: #c2410c }"""
+.teacher_few { fill: #9a9a94 } .start { fill: none; stroke: #c2410c; stroke-width: 1.75 }
+.student { fill: #c2410c }"""
 
 
 def picture(lines: list[Line]) -> str:
-    """Oracle scores, a row a configuration, as SVG; a bar from the student before training to it after."""
+    """Draw the oracle scores as SVG, one row per configuration.
+
+    A bar leads from the student before training to it after.
+    """
 
     def x(score: float) -> float:
         return LEFT + (RIGHT - LEFT) * score
@@ -89,7 +104,9 @@ def picture(lines: list[Line]) -> str:
         parts.append(f'<text x="{LEFT - 68 + KEY * i}" y="24.5">{label}</text>')
     for mark in (0.0, 0.25, 0.5, 0.75, 1.0):
         parts.append(f'<path class="rule" d="M{x(mark)} {TOP - 14}V{bottom - 8}"/>')
-        parts.append(f'<text class="faint" text-anchor="middle" x="{x(mark)}" y="{bottom + 10}">{mark:.0%}</text>')
+        parts.append(
+            f'<text class="faint" text-anchor="middle" x="{x(mark)}" y="{bottom + 10}">{mark:.0%}</text>'
+        )
     for i, line in enumerate(lines):
         y, scores = TOP + ROW * i, {who: line["scores"][who]["oracle"] for who in WHO}
         name = escape(f"{line['config'].removeprefix('tiny_')}, {line['student_steps']} steps")

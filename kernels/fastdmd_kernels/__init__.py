@@ -1,4 +1,7 @@
-"""The ops of fastdmd: each a contract with a plain PyTorch reference. Imports torch only, and without triton too."""
+"""The ops of fastdmd, each a contract with a plain PyTorch reference.
+
+Imports torch only, and works without triton.
+"""
 
 from fastdmd_kernels.losses import dmd_loss, guide, sid_loss
 from fastdmd_kernels.tiles import Tiles, raster_order, tile_order

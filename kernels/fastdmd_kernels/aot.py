@@ -1,7 +1,8 @@
-"""Every kernel ahead of time for every GPU target, without a GPU: `python -m fastdmd_kernels.aot`.
+"""Compile every kernel ahead of time for every GPU target, without a GPU: `python -m fastdmd_kernels.aot`.
 
-<out>/<target>/ gets the binaries and manifest.json, a list with one object per kernel. `--check` reads the manifests
-that are there and exits with 1 where a rule of aot_rules is broken or a number worse than in kernels/aot_baseline.json.
+<out>/<target>/ gets the binaries and manifest.json, a list with one object per kernel. `--check` reads the
+manifests that are there and exits with 1 where a rule of aot_rules is broken or a number is worse than in
+kernels/aot_baseline.json.
 """
 
 import argparse
@@ -49,12 +50,13 @@ def specs(target: str, module: str) -> list[Spec]:
 
 
 def compile_spec(spec: Spec, target: str) -> tuple[bytes, Record]:
-    """The binary of one kernel, and what the manifest says of it."""
+    """Return the binary of one kernel, and what the manifest says of it."""
     names = spec.kernel.arg_names
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if name not in spec.unaligned and (spec.signature[name][0] == "*" or spec.signature[name] in ("i32", "i64"))
+        if name not in spec.unaligned
+        and (spec.signature[name][0] == "*" or spec.signature[name] in ("i32", "i64"))
     }
     source = ASTSource(
         spec.kernel,
@@ -71,7 +73,9 @@ def compile_spec(spec: Spec, target: str) -> tuple[bytes, Record]:
             compiled = triton.compile(source, target=gpu, options=dict(spec.options))
         if gpu.backend == "cuda":
             binary = compiled.asm["cubin"]
-            resources = aot_resources.nvidia(compiled.asm["ptx"], _disassemble(binary), log.getvalue(), binary)
+            resources = aot_resources.nvidia(
+                compiled.asm["ptx"], _disassemble(binary), log.getvalue(), binary
+            )
         else:
             binary = compiled.asm["hsaco"]
             resources = aot_resources.amd(compiled.asm["amdgcn"], binary)
@@ -87,7 +91,10 @@ def _disassemble(cubin: bytes) -> str:
 
 
 def run_job(job: Job, out: Path) -> Record:
-    """Compile one kernel into <out>/<target>/. One that does not compile is a record too, with its error."""
+    """Compile one kernel into <out>/<target>/ and return its record.
+
+    One that does not compile has a record too, with its error.
+    """
     target, module, index = job
     spec = specs(target, module)[index]
     record: Record = {
@@ -109,7 +116,7 @@ def run_job(job: Job, out: Path) -> Record:
 
 
 def compile_all(targets: list[str], ops: list[str] | None, out: Path, jobs: int) -> dict[str, list[Record]]:
-    """Manifests by target, also written. Progress goes to stderr."""
+    """Compile the kernels, write a manifest per target and return them; progress goes to stderr."""
     work = [
         (target, module, i)
         for target in targets
@@ -138,28 +145,35 @@ def _run(work: list[Job], out: Path, jobs: int) -> Iterator[Record]:
 
 
 def _progress(results: Iterator[tuple[Job, Record]], total: int) -> Iterator[tuple[Job, Record]]:
-    """A line every two seconds."""
+    """Pass the results on, and print a line every two seconds."""
     start = shown = time.monotonic()
     for done, (job, record) in enumerate(results, 1):
         if (now := time.monotonic()) - shown > 2 or done == total:
-            print(f"{done:4d}/{total} {now - start:4.0f} s  {job[0]} {key(record)}", file=sys.stderr, flush=True)
+            print(
+                f"{done:4d}/{total} {now - start:4.0f} s  {job[0]} {key(record)}", file=sys.stderr, flush=True
+            )
             shown = now
         yield job, record
 
 
 def read(targets: list[str], out: Path) -> dict[str, list[Record]]:
+    """Read the manifests of an earlier compilation; exit where one is missing."""
     missing = [target for target in targets if not (out / target / "manifest.json").is_file()]
     if missing:
         raise SystemExit(f"no manifest of {', '.join(missing)} in {out}; compile first, without --check")
-    return {target: json.loads((out / target / "manifest.json").read_text(encoding="utf-8")) for target in targets}
+    return {
+        target: json.loads((out / target / "manifest.json").read_text(encoding="utf-8")) for target in targets
+    }
 
 
 def table(manifests: dict[str, list[Record]]) -> str:
-    """A row per kernel, a column per target: registers / spills / KB of shared memory."""
+    """Lay out one row per kernel and one column per target: registers / spills / KB of shared memory."""
     cells: dict[str, dict[str, str]] = {}
     for target, manifest in manifests.items():
         for r in manifest:
-            cell = "failed" if r["error"] else f"{r['registers']}/{r['spills']}/{r['shared_bytes'] / 1024:.0f}"
+            cell = (
+                "failed" if r["error"] else f"{r['registers']}/{r['spills']}/{r['shared_bytes'] / 1024:.0f}"
+            )
             cells.setdefault(key(r), {})[target] = cell
     width = max(map(len, cells), default=0)
     rows = [" " * width + "".join(f"{target:>11}" for target in manifests)]
@@ -169,7 +183,10 @@ def table(manifests: dict[str, list[Record]]) -> str:
 
 
 def check(manifests: dict[str, list[Record]], baseline: dict[str, Any]) -> list[str]:
-    """One line per fault. A triton without a baseline is said, and held to the absolute rules."""
+    """Return one line per fault.
+
+    A triton without a baseline is reported, and held to the absolute rules only.
+    """
     found = []
     for target, manifest in manifests.items():
         versions = {record["triton"] for record in manifest}
@@ -182,7 +199,7 @@ def check(manifests: dict[str, list[Record]], baseline: dict[str, Any]) -> list[
 
 
 def update(manifests: dict[str, list[Record]], baseline: dict[str, Any], partial: bool) -> None:
-    """Put the numbers of these manifests in the baseline; with `partial`, the other kernels' stay."""
+    """Put the numbers of these manifests in the baseline; with `partial`, keep those of other kernels."""
     mine = baseline.setdefault(triton.__version__, {})
     for target, manifest in manifests.items():
         before = mine.get(target, {}) if partial else {}
@@ -198,7 +215,9 @@ def main() -> int:
     parser.add_argument("--ops", nargs="+", metavar="OP", help="only these")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--check", action="store_true", help="compile nothing, check what is there")
-    parser.add_argument("--update-baseline", action="store_true", help=f"compile, then rewrite {BASELINE.name}")
+    parser.add_argument(
+        "--update-baseline", action="store_true", help=f"compile, then rewrite {BASELINE.name}"
+    )
     args = parser.parse_args()
     if knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: nothing would be compiled")

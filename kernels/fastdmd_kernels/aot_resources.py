@@ -1,7 +1,7 @@
 """What a compiled kernel needs of a GPU, read from the compiler's report and from the machine code.
 
-No GPU: NVIDIA's registers and spills are of `ptxas -v`, AMD's of the metadata in the assembly. Instructions in a loop
-are counted in the machine code, where it is known what became of it.
+No GPU: NVIDIA's registers and spills are of `ptxas -v`, AMD's of the metadata in the assembly. Instructions
+in a loop are counted in the machine code, where it is known what became of it.
 """
 
 import re
@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one kernel. Counts are of instructions as they stand, not of executions."""
+    """Hold what one kernel needs. Counts are of instructions as they stand, not of executions."""
 
     registers: int  # of a thread; AMD: VGPRs with AGPRs
     spills: int  # NVIDIA: bytes stored and loaded; AMD: registers and bytes of scratch
@@ -39,7 +39,7 @@ _AMD_LABEL, _AMD_BRANCH = re.compile(r"^(\.LBB\w+):"), re.compile(r"\bs_c?branch
 
 
 def nvidia(ptx: str, sass: str, log: str, cubin: bytes) -> Resources:
-    """`log` is what `ptxas -v` printed."""
+    """Read the resources of an NVIDIA kernel; `log` is what `ptxas -v` printed."""
     registers = re.findall(r"Used (\d+) registers", log)
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     if not registers or not spills:
@@ -86,7 +86,7 @@ def _count(pattern: re.Pattern[str], lines: Iterable[str]) -> int:
 
 
 def _loops(lines: list[str], label: re.Pattern[str], branch: re.Pattern[str]) -> Iterator[tuple[int, int]]:
-    """(first, last) line of every branch back to a label."""
+    """Find the (first, last) line of every branch back to a label."""
     labels = {match[1]: i for i, line in enumerate(lines) if (match := label.search(line))}
     for i, line in enumerate(lines):
         if (match := branch.search(line)) and labels.get(match[1], i) < i:
@@ -100,7 +100,10 @@ def _in_loops(
     mma: re.Pattern[str],
     copy: re.Pattern[str],
 ) -> int:
-    """Copies in the innermost loop that has most. Loops that neither copy nor multiply are waits and do not count."""
+    """Count the copies in the innermost loop that has most.
+
+    Loops that neither copy nor multiply are waits and do not count.
+    """
     work = {
         (first, last): _count(copy, lines[first : last + 1])
         for first, last in set(_loops(lines, label, branch))
@@ -117,7 +120,7 @@ def _in_loops(
 
 
 def _code_bytes(elf: bytes) -> int:
-    """Sizes of the .text sections of a 64-bit little-endian ELF."""
+    """Add up the sizes of the .text sections of a 64-bit little-endian ELF."""
     (offset,) = struct.unpack_from("<Q", elf, 0x28)
     size, count, names_index = struct.unpack_from("<HHH", elf, 0x3A)
     sections = [struct.unpack_from("<IIQQQQ", elf, offset + i * size) for i in range(count)]

@@ -24,12 +24,12 @@ TOLERANCE = 0.05
 
 
 def key(record: Record) -> str:
-    """Kernel of an op in a dtype and a head dim (0: it has none)."""
+    """Name a record by kernel, op, dtype and head dim (0 where there is none)."""
     return " ".join(str(record[name]) for name in ("op", "kernel", "dtype", "head_dim"))
 
 
 def broken(target: str, record: Record) -> Iterator[str]:
-    """The rules that a kernel breaks, whatever it was before."""
+    """Yield the rules that a kernel breaks, whatever it was before."""
     if record["error"]:
         yield f"does not compile: {record['error']}"
         return
@@ -45,7 +45,7 @@ def broken(target: str, record: Record) -> Iterator[str]:
 
 
 def worse(record: Record, before: Mapping[str, int]) -> Iterator[str]:
-    """The numbers that are more than 5 % worse than the baseline's."""
+    """Yield the numbers that are more than 5 % worse than the baseline's."""
     if record["error"]:
         return
     for name in (*MORE_IS_WORSE, *LESS_IS_WORSE):
@@ -55,8 +55,13 @@ def worse(record: Record, before: Mapping[str, int]) -> Iterator[str]:
             yield f"{name} {then} -> {now}"
 
 
-def problems(target: str, manifest: list[Record], baseline: Mapping[str, Mapping[str, int]] | None) -> Iterator[str]:
-    """One line per fault; `baseline` is this target's under the manifest's triton, None where there is none."""
+def problems(
+    target: str, manifest: list[Record], baseline: Mapping[str, Mapping[str, int]] | None
+) -> Iterator[str]:
+    """Yield one line per fault.
+
+    `baseline` is this target's under the manifest's triton, None where there is none.
+    """
     for record in manifest:
         for fault in broken(target, record):
             yield f"{target} {key(record)}: {fault}"

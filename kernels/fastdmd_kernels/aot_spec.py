@@ -13,7 +13,10 @@ HEAD_DIMS = (64, 128)
 
 @dataclass(frozen=True)
 class Spec:
-    """One (kernel, dtype, head dim) for one target. Pointers and integers not in `unaligned` are divisible by 16."""
+    """Describe one (kernel, dtype, head dim) for one target.
+
+    Pointers and integers that are not in `unaligned` are divisible by 16.
+    """
 
     op: str
     kernel: JITFunction
@@ -28,7 +31,7 @@ class Spec:
 
 
 def gpu_target(name: str) -> GPUTarget:
-    """Of "sm_90", "gfx942" and their like; ValueError for others."""
+    """Return the target named "sm_90", "gfx942" and the like; raise ValueError for other names."""
     if name.startswith("sm_") and name[3:].isdigit():
         return GPUTarget("cuda", int(name[3:]), 32)
     if name.startswith("gfx"):

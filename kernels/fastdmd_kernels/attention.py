@@ -2,11 +2,11 @@
 
 B batch, Lq queries, Lk keys, N heads, K head dim. Not causal, scale 1 / sqrt(K).
 
-On CPU and MPS it is PyTorch's own. On a GPU the candidates are tried once per (device, dtype, K) on random inputs,
-forward and backward: those that fail or are wrong are put aside with the reason, the fastest of the rest is remembered.
-That happens at the first eager call, or in `prepare`, which has to come before torch.compile or a CUDA graph's capture
-sees the op. Where ranks must agree to the bit, let one choose: `prepare(device, dtype, K, name=what_rank_0_chose)`.
-`use(name)` pins one for tests and benchmarks.
+On CPU and MPS it is PyTorch's own. On a GPU the candidates are tried once per (device, dtype, K) on random
+inputs, forward and backward: those that fail or are wrong are put aside with the reason, the fastest of the
+rest is remembered. That happens at the first eager call, or in `prepare`, which has to come before
+torch.compile or a CUDA graph's capture sees the op. Where ranks must agree to the bit, let one choose:
+`prepare(device, dtype, K, name=what_rank_0_chose)`. `use(name)` pins one for tests and benchmarks.
 """
 
 import importlib
@@ -32,7 +32,7 @@ PROBE = (2, 4096, 4096, 8)  # B, Lq, Lk, N of the timing: about 1 ms forward and
 SAMPLE = (2, 200, 77, 2)  # of the check of values and gradients; the same B, so that flex compiles once
 NEAR = 1.05  # times this near are noise: the first in the order below wins, on every rank the same
 
-# --------------------------------------------------------------------------------------------------- implementations
+# -------------------------------------------------------------------------------------------- implementations
 
 
 def _sdpa(backend: SDPBackend) -> Implementation:
@@ -44,7 +44,9 @@ def _sdpa(backend: SDPBackend) -> Implementation:
 
 
 def _sdpa_default(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return nnf.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+    return nnf.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    ).transpose(1, 2)
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -74,19 +76,22 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 CANDIDATES = ("cudnn", "flash", "efficient", "xformers", "flex", "math")  # on a GPU, in order of preference
 
 
-# ------------------------------------------------------------------------------------------------------- the choice
+# ------------------------------------------------------------------------------------------------- the choice
 
 
 @dataclass(frozen=True)
 class Choice:
     name: str
-    seconds: Mapping[str, float] = field(default_factory=dict)  # forward and backward of PROBE, of those that are right
+    # forward and backward of PROBE, of those that are right
+    seconds: Mapping[str, float] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)  # name -> why not
 
     def __str__(self) -> str:
         if not self.seconds:
             return f"{self.name} (pinned)"
-        times = [f"{name} {1e3 * s:.2f} ms" for name, s in sorted(self.seconds.items(), key=lambda item: item[1])]
+        times = [
+            f"{name} {1e3 * s:.2f} ms" for name, s in sorted(self.seconds.items(), key=lambda item: item[1])
+        ]
         return "; ".join([self.name, *times, *(f"no {name}: {why}" for name, why in self.refused.items())])
 
 
@@ -96,10 +101,11 @@ _forced: str | None = None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v, [B, Lq, N, K]; q [B, Lq, N, K], k, v [B, Lk, N, K], any strides. Gradients to all.
+    """Compute softmax(q k^T / sqrt(K)) v, [B, Lq, N, K], with gradients to all three.
 
-    ValueError, with the shapes, for others. RuntimeError where nothing on this GPU can do it, or where the choice would
-    have to be made inside a compiled function or a captured graph.
+    q [B, Lq, N, K], k, v [B, Lk, N, K], any strides. Raises ValueError, with the shapes, for others;
+    RuntimeError where nothing on this GPU can do it, or where the choice would have to be made inside a
+    compiled function or a captured graph.
     """
     _check(q, k, v)
     run = IMPLEMENTATIONS[_name(q.device, q.dtype, q.shape[-1])]
@@ -108,10 +114,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """`attention` where a query sees only the keys that mask [Lq, Lk], bool, has True for; every query one or more.
+    """Compute `attention` in which a query sees only the keys for which mask [Lq, Lk], bool, is True.
 
-    PyTorch's own on any device: of the implementations above most take no mask that is not made of causal or local
-    windows. Work and memory are those of all Lq Lk pairs.
+    Every query has to see at least one. PyTorch's own on any device: of the implementations above most take
+    no mask that is not made of causal or local windows. Work and memory are those of all Lq Lk pairs.
     """
     _check(q, k, v)
     if mask.dtype != torch.bool or mask.shape != (q.shape[1], k.shape[1]):
@@ -121,9 +127,10 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def prepare(device: torch.device, dtype: torch.dtype, K: int, name: str | None = None) -> str:
-    """Choose now what `attention` will use for this device, dtype and head dim: by trial, or `name`. -> its name.
+    """Choose now what `attention` will use for this device, dtype and head dim, and return its name.
 
-    A choice once made stays; another `name` replaces it. On CPU and MPS there is nothing to choose.
+    The choice is made by trial, or is `name`. A choice once made stays; another `name` replaces it. On CPU
+    and MPS there is nothing to choose.
     """
     if name is not None:
         _known(name)
@@ -139,7 +146,7 @@ def prepare(device: torch.device, dtype: torch.dtype, K: int, name: str | None =
 
 @contextmanager
 def use(name: str) -> Iterator[None]:
-    """Run all dense attention of the process with one implementation; what was before is restored."""
+    """Run all dense attention of the process with one implementation, and restore what was before."""
     global _forced
     _known(name)
     before, _forced = _forced, name
@@ -150,7 +157,7 @@ def use(name: str) -> Iterator[None]:
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """For `doctor`: what is chosen, how long each took, and why others were not."""
+    """Tell `doctor` what is chosen, how long each took, and why others were not."""
     if _forced:
         return {"attention": f"{_forced} (forced)"}
     if device.type != "cuda":
@@ -170,7 +177,9 @@ def _name(device: torch.device, dtype: torch.dtype, K: int) -> str:
         return "sdpa"
     if (device, dtype, K) not in _choices:
         if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("call fastdmd_kernels.attention.prepare(device, dtype, K) before compiling or capturing")
+            raise RuntimeError(
+                "call fastdmd_kernels.attention.prepare(device, dtype, K) before compiling or capturing"
+            )
         prepare(device, dtype, K)
     return _choices[device, dtype, K].name
 
@@ -182,7 +191,13 @@ def _known(name: str) -> None:
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
-    if q.ndim != 4 or k.ndim != 4 or v.shape != k.shape or k.shape[0] != q.shape[0] or k.shape[2:] != q.shape[2:]:
+    if (
+        q.ndim != 4
+        or k.ndim != 4
+        or v.shape != k.shape
+        or k.shape[0] != q.shape[0]
+        or k.shape[2:] != q.shape[2:]
+    ):
         raise ValueError(f"{shapes}: needed are q [B, Lq, N, K], k and v [B, Lk, N, K]")
     if q.numel() == 0 or k.numel() == 0:
         raise ValueError(f"{shapes}: nothing to attend to")
@@ -192,11 +207,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"{shapes}: on different devices {[str(x.device) for x in (q, k, v)]}")
 
 
-# -------------------------------------------------------------------------------------------------------- the probe
+# -------------------------------------------------------------------------------------------------- the probe
 
 
 def _probe(device: torch.device, dtype: torch.dtype, K: int) -> Choice:
-    """The first of CANDIDATES that is right and, but for noise, fastest. RuntimeError, with all reasons, if none is."""
+    """Choose the first of CANDIDATES that is right and, but for noise, fastest.
+
+    Raises RuntimeError, with all reasons, if none is right.
+    """
     seconds: dict[str, float] = {}
     refused: dict[str, str] = {}
     # the first call may come from under no_grad, inference_mode or autocast
@@ -217,15 +235,17 @@ def _probe(device: torch.device, dtype: torch.dtype, K: int) -> Choice:
 
 
 def _random(sizes: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype, K: int) -> Inputs:
-    """Of a generator of its own, so that a run draws the same numbers with and without a probe."""
+    """Draw inputs from a generator of their own: a run draws the same numbers with and without a probe."""
     B, Lq, Lk, N = sizes
     generator = torch.Generator(device).manual_seed(0)
-    q, k, v, dout = (torch.randn(B, L, N, K, device=device, dtype=dtype, generator=generator) for L in (Lq, Lk, Lk, Lq))
+    q, k, v, dout = (
+        torch.randn(B, L, N, K, device=device, dtype=dtype, generator=generator) for L in (Lq, Lk, Lk, Lq)
+    )
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout
 
 
 def _values(run: Implementation, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
-    """[out, dq, dk, dv]"""
+    """Return [out, dq, dk, dv]."""
     out = run(q, k, v)
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
 
@@ -236,15 +256,19 @@ def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _check_values(run: Implementation, device: torch.device, dtype: torch.dtype, K: int) -> None:
-    """RuntimeError if values or gradients are off by more than 4 times the rounding of the plain composition."""
+    """Raise RuntimeError for errors of more than 4 times the rounding of the plain composition."""
     given = _random(SAMPLE, device, dtype, K)
     q, k, v, dout = (x.detach().double() for x in given)
     exact = _values(_plain, q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout)
-    results = zip(("out", "dq", "dk", "dv"), exact, _values(_plain, *given), _values(run, *given), strict=True)
+    results = zip(
+        ("out", "dq", "dk", "dv"), exact, _values(_plain, *given), _values(run, *given), strict=True
+    )
     for name, true, plain, ours in results:
         error, limit = _error(ours, true), 4 * _error(plain, true) + 1e-12
         if not error <= limit:
-            raise RuntimeError(f"wrong {name}: relative error {error:.1e}, of the plain composition {limit / 4:.1e}")
+            raise RuntimeError(
+                f"wrong {name}: relative error {error:.1e}, of the plain composition {limit / 4:.1e}"
+            )
 
 
 def _error(x: Tensor, exact: Tensor) -> float:
@@ -252,7 +276,10 @@ def _error(x: Tensor, exact: Tensor) -> float:
 
 
 def _seconds(run: Implementation, inputs: Inputs, calls: int = 10, rounds: int = 5) -> float:
-    """Median seconds of a forward and backward. Several calls are queued at once, so that the host is not measured."""
+    """Return the median seconds of a forward and backward.
+
+    Several calls are queued at once, so that the host is not measured.
+    """
     device = inputs[0].device
 
     def now() -> float:

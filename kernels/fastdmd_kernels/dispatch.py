@@ -1,6 +1,7 @@
-"""Which backend runs an op: "triton" on CUDA and ROCm, "torch" on CPU and MPS. Decided once per process and device.
+"""Which backend runs an op: "triton" on CUDA and ROCm, "torch" on CPU and MPS.
 
-There is no fallback: a GPU whose triton cannot be imported is an error here, not a slow run.
+That is decided once per process and device. There is no fallback: a GPU whose triton cannot be imported is an
+error here, not a slow run.
 """
 
 import importlib
@@ -35,7 +36,7 @@ _decided: dict[str, tuple[Backend, str]] = {}
 
 
 def _decide(device_type: str) -> tuple[Backend, str]:
-    """(backend, why) of a device type."""
+    """Return (backend, why) for a device type."""
     if device_type not in _decided:
         if device_type == "cuda":
             _import_triton()
@@ -43,27 +44,32 @@ def _decide(device_type: str) -> tuple[Backend, str]:
         elif device_type in ("cpu", "mps", "meta"):
             _decided[device_type] = "torch", device_type
         else:
-            raise ValueError(f"no backend for device {device_type!r}: cuda (CUDA, ROCm), cpu and mps have one")
+            raise ValueError(
+                f"no backend for device {device_type!r}: cuda (CUDA, ROCm), cpu and mps have one"
+            )
     return _decided[device_type]
 
 
-# As torch.compiler.assume_constant_result does, which would import dynamo and triton. A graph takes the answer as a
-# constant: tracing the import would break it, and dynamo does not see functools.cache.
+# As torch.compiler.assume_constant_result does, which would import dynamo and triton. A graph takes the
+# answer as a constant: tracing the import would break it, and dynamo does not see functools.cache.
 _decide.__dict__["_dynamo_marked_constant"] = True
 
 
 def backend(device: torch.device) -> Backend:
-    """The backend of all ops here. ValueError for an unknown kind of device, RuntimeError for a GPU without triton."""
+    """Return the backend of all ops on this device.
+
+    Raises ValueError for an unknown kind of device, RuntimeError for a GPU without triton.
+    """
     return _forced or _decide(device.type)[0]
 
 
 @contextmanager
 def use(name: Backend, launches: bool = True) -> Iterator[None]:
-    """Run all ops of the process on one backend, for tests and comparisons; what was before is restored.
+    """Run all ops of the process on one backend, for tests and comparisons, and restore what was before.
 
-    "triton" without a GPU runs CPU tensors through triton's interpreter, which needs TRITON_INTERPRET=1 set before
-    triton is first imported. Where nothing is launched (`warm` compiles only) it needs neither. ValueError for an
-    unknown name, RuntimeError when triton could not run.
+    "triton" without a GPU runs CPU tensors through triton's interpreter, which needs TRITON_INTERPRET=1 set
+    before triton is first imported. Where nothing is launched (`warm` compiles only) it needs neither. Raises
+    ValueError for an unknown name, RuntimeError when triton could not run.
     """
     global _forced
     if name not in get_args(Backend):
@@ -80,11 +86,11 @@ def use(name: Backend, launches: bool = True) -> Iterator[None]:
 
 
 def module(op: str, device: torch.device) -> ModuleType:
-    """What implements an op on this device: `<op>/triton.py` or `<op>/torch.py`, imported when first asked for."""
+    """Import and return what implements an op on this device: `<op>/triton.py` or `<op>/torch.py`."""
     return importlib.import_module(f"fastdmd_kernels.{op}.{backend(device)}")
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """For `doctor`: op -> "backend (why)". Raises what `backend` raises."""
+    """Tell `doctor` which backend each op has, as op -> "backend (why)"; raises what `backend` raises."""
     line = f"{backend(device)} ({'forced' if _forced else _decide(device.type)[1]})"
     return dict.fromkeys(OPS, line)

@@ -1,7 +1,7 @@
-"""Token order over the post-patch grid (VSA, arXiv 2505.13389): cubes of t x h x w tokens, so that a block of
-64 consecutive tokens is a neighbourhood in space and time.
+"""Token order over the post-patch grid (VSA, arXiv 2505.13389): cubes of t x h x w tokens.
 
-T H W: the grid in tokens. L = T * H * W tokens in n tiles; a tile has `slots` places, its first n_valid are used.
+A block of 64 consecutive tokens is then a neighbourhood in space and time. T H W: the grid in tokens. L = T *
+H * W tokens in n tiles; a tile has `slots` places, its first n_valid are used.
 """
 
 import math
@@ -25,7 +25,7 @@ def _check(grid: Grid, tile: Grid) -> None:
 
 
 def _tile_of_raster(grid: Grid, tile: Grid) -> Tensor:
-    """The tile of each raster token, int64 [L]; tiles run t, h, w."""
+    """Return the tile of each raster token, int64 [L]; tiles run t, h, w."""
     axes = torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
     index = torch.zeros(grid, dtype=torch.int64)
     for axis, n, size in zip(axes, grid, tile, strict=True):
@@ -34,10 +34,10 @@ def _tile_of_raster(grid: Grid, tile: Grid) -> Tensor:
 
 
 def tile_order(grid: Grid, tile: Grid) -> Tensor:
-    """Return the raster indices in tile order, int64 [L] on the host: token j in tile order is raster token `order[j]`.
+    """Return the raster indices in tile order, int64 [L] on the host.
 
-    Tiles run t, h, w; inside a tile tokens run in raster order. Tiles cut by the grid's edge are smaller:
-    the order is compact, nothing is padded.
+    Token j in tile order is raster token `order[j]`. Tiles run t, h, w; inside a tile tokens run in raster
+    order. Tiles cut by the grid's edge are smaller: the order is compact, nothing is padded.
     """
     _check(grid, tile)
     # stable: inside a tile the raster order stays
@@ -50,7 +50,7 @@ def raster_order(grid: Grid, tile: Grid) -> Tensor:
 
 
 class TileTensors(NamedTuple):
-    """Hold a geometry on one device; tile i owns rows row_start[i] .. row_start[i] + n_valid[i] in tile order."""
+    """Hold a geometry on one device: tile i owns n_valid[i] rows from row_start[i] on, in tile order."""
 
     row_start: Tensor  # int32 [n]
     n_valid: Tensor  # int32 [n], 1..slots
@@ -75,10 +75,11 @@ def _tensors(grid: Grid, tile: Grid, device: torch.device) -> TileTensors:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Describe a grid (T, H, W) of tokens cut in cubes. Compact: the edge's tiles are smaller, nothing is padded.
+    """Describe a grid (T, H, W) of tokens cut in cubes.
 
-    Two of the same grid and tile are equal. The tensors (`on`) belong to the instance: keep one per grid, and call
-    `on(device)` before a graph is compiled or captured, which takes them as inputs then.
+    Tiles at the grid's edge are smaller, nothing is padded. Two of the same grid and tile are equal. The
+    tensors (`on`) belong to the instance: keep one per grid, and call `on(device)` before a graph is compiled
+    or captured, which takes them as inputs then.
     """
 
     grid: Grid
@@ -111,13 +112,16 @@ class Tiles:
         return min(t, T) * min(h, H) * min(w, W)
 
     def on(self, device: torch.device) -> TileTensors:
-        """Return the tensors of this geometry; the first call of an instance makes them and copies them there."""
+        """Return the tensors of this geometry; the first call of an instance makes them."""
         if device not in self._on:
             self._on[device] = _tensors(self.grid, self.tile, device)
         return self._on[device]
 
     def to_tile_order(self, x: Tensor, dim: int) -> Tensor:
-        """Move the tokens of x along `dim` from raster to tile order: embeddings, RoPE tables, gates, masks alike."""
+        """Move the tokens of x along `dim` from raster to tile order.
+
+        It is the same for embeddings, RoPE tables, gates and masks.
+        """
         self._check_length(x, dim)
         return x.index_select(dim, self.on(x.device).order)
 
@@ -128,4 +132,6 @@ class Tiles:
 
     def _check_length(self, x: Tensor, dim: int) -> None:
         if x.shape[dim] != self.L:
-            raise ValueError(f"dimension {dim} of {list(x.shape)} is not the {self.L} tokens of grid {self.grid}")
+            raise ValueError(
+                f"dimension {dim} of {list(x.shape)} is not the {self.L} tokens of grid {self.grid}"
+            )

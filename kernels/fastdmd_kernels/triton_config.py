@@ -7,15 +7,16 @@ from triton.runtime import driver
 
 POINTERS = "sm_80"  # the configurations that need no TMA
 
-# (num_warps, num_stages) of vsa_fwd, vsa_bwd_dq, vsa_bwd_dkdv in 16 bits, and what they compile to in bfloat16 with
-# triton 3.7.1: registers, KB of shared memory, CTAs per SM; nowhere a spill. Compiled and never timed.
+# (num_warps, num_stages) of vsa_fwd, vsa_bwd_dq, vsa_bwd_dkdv in 16 bits, and what they compile to in
+# bfloat16 with triton 3.7.1: registers, KB of shared memory, CTAs per SM; nowhere a spill. Compiled and never
+# timed.
 _ATTENTION = {
     ("sm_80", 64): ((4, 2), (4, 2), (4, 2)),  # 172 24 2, 255 32 2, 255 33 2
     ("sm_80", 128): ((8, 2), (8, 2), (8, 2)),  # 128 56 2, 170 72 1, 168 73 1; 4 warps forward: 255 registers
     ("sm_90", 64): ((4, 2), (4, 2), (4, 2)),  # 100 40 4, 132 48 3, 175 49 2
     ("sm_90", 128): ((4, 3), (4, 2), (4, 2)),  # 128 112 2, 178 96 2, 243 97 2; forward in one stage: 132 48 3
     ("sm_100", 64): ((4, 2), (4, 2), (4, 2)),  # 125 40 4, 118 56 2, 110 65 2
-    ("sm_100", 128): ((4, 3), (4, 2), (4, 1)),  # 168 112 2, 148 112 2, 136 64 2; dk and dv in two stages: 128 129 1
+    ("sm_100", 128): ((4, 3), (4, 2), (4, 1)),  # 168 112 2, 148 112 2, 136 64 2; dkdv in 2 stages: 128 129 1
     ("sm_120", 64): ((4, 2), (8, 2), (8, 2)),  # dq with 4 warps spills 80 bytes, dk and dv 255 registers
     ("sm_120", 128): ((8, 2), (8, 2), (8, 2)),  # 130 56 1, 172 72 1, 172 72 1; 4 warps forward and dq spill
     ("gfx942", 64): ((4, 2), (4, 1), (4, 1)),  # 178 16, 184 8, 200 8
@@ -34,9 +35,10 @@ _KERNELS = ("vsa_fwd", "vsa_bwd_dq", "vsa_bwd_dkdv")
 
 
 def device_target(device: torch.device) -> str:
-    """The target whose configurations a device takes; ValueError for a GPU that none was made for.
+    """Return the target whose configurations a device takes.
 
-    The meta device is the GPU that triton aims at: `warm` compiles for one that is not there.
+    Raises ValueError for a GPU that none was made for. The meta device is the GPU that triton aims at: `warm`
+    compiles for one that is not there.
     """
     if device.type == "cpu":
         return "sm_90"  # triton's interpreter: the code of Hopper
@@ -56,7 +58,7 @@ def device_target(device: torch.device) -> str:
 
 
 def config(op: str, target: str, dtype: str, head_dim: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(constexprs, options) of a kernel."""
+    """Return (constexprs, options) of a kernel."""
     options: dict[str, Any] = {"enable_fp_fusion": True}
     if op not in _KERNELS:
         return {}, options | {"num_warps": 16 if op == "vsa_select" else 4, "num_stages": 2}
@@ -73,10 +75,16 @@ def config(op: str, target: str, dtype: str, head_dim: int) -> tuple[dict[str, A
 
 
 def uses_tensor_cores(target: str, dtype: str) -> bool:
-    """Float32 products are exact: AMD has instructions for them, NVIDIA has not."""
+    """Return whether a kernel must use tensor cores.
+
+    Float32 products are exact: AMD has instructions for them, NVIDIA has not.
+    """
     return dtype != "fp32" or target.startswith("gfx")
 
 
 def has_async_copies(target: str, dtype: str) -> bool:
-    """In 16 bits: TMA on sm_90 and sm_100, cp.async on the others of NVIDIA."""
+    """Return whether a kernel must copy asynchronously.
+
+    In 16 bits: TMA on sm_90 and sm_100, cp.async on the others of NVIDIA.
+    """
     return dtype != "fp32" and target.startswith("sm_")

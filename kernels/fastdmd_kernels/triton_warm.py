@@ -20,7 +20,7 @@ from fastdmd_kernels.aot_spec import gpu_target
 
 
 def this_gpu() -> str:
-    """The target of the GPU of this machine; ValueError without one."""
+    """Return the target of the GPU of this machine; raise ValueError without one."""
     if not torch.cuda.is_available():
         raise ValueError("no GPU on this machine; name one with --target, e.g. --target sm_90")
     target: Any = driver.active.get_current_target()  # its base class says None
@@ -29,7 +29,7 @@ def this_gpu() -> str:
 
 
 class _Aim(DriverBase):
-    """A driver that knows for which GPU, and of no device."""
+    """Stand in for a driver: it knows for which GPU to compile, and of no device."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -64,7 +64,10 @@ class _Aim(DriverBase):
 
 
 class _Implementations(TorchDispatchMode):
-    """On the meta device an op of ours is its fake, which launches nothing: run what it does on a GPU instead."""
+    """Run what an op of ours does on a GPU, on the meta device.
+
+    There it would be its fake, which launches nothing.
+    """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -78,12 +81,14 @@ class _Implementations(TorchDispatchMode):
 
 @contextmanager
 def compiling(target: str) -> Iterator[list[bool]]:
-    """Ops called on meta tensors inside compile their kernels for `target` and launch nothing.
+    """Compile the kernels of ops that are called on meta tensors inside for `target`, and launch nothing.
 
-    -> a list that grows by a kernel variant each: whether the disk cache had it already.
+    Yields a list that grows by one entry per kernel variant: whether the disk cache had it already.
     """
     found: list[bool] = []
-    run, listener, active = JITFunction.run, knobs.compilation.listener, driver._active
+    run = JITFunction.run
+    listener = knobs.compilation.listener
+    active = driver._active
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         return run(self, *args, grid=grid, warmup=True, **kwargs)

@@ -23,8 +23,33 @@ from bench.sparse import block_mask, padded, unpadded  # noqa: E402
 
 CPU = torch.device("cpu")
 KEYS = {
-    *("op", "variant", "ours", "of", "shape", "dtype", "p20", "p50", "p80", "rounds", "graph", "flops", "bytes"),
-    *("tflops", "gb_s", "of_matmul", "of_copy", "peak_memory_gb", "error", "launch", "ceilings", "device", "threads"),
+    *(
+        "op",
+        "variant",
+        "ours",
+        "of",
+        "shape",
+        "dtype",
+        "p20",
+        "p50",
+        "p80",
+        "rounds",
+        "graph",
+        "flops",
+        "bytes",
+    ),
+    *(
+        "tflops",
+        "gb_s",
+        "of_matmul",
+        "of_copy",
+        "peak_memory_gb",
+        "error",
+        "launch",
+        "ceilings",
+        "device",
+        "threads",
+    ),
     *("versions", "commit", "dirty", "command", "date"),
 }
 
@@ -74,7 +99,14 @@ def test_the_report_puts_peers_side_by_side(lines):
 
 
 def test_the_last_of_equal_lines_counts():
-    line = {"device": "x", "op": "o", "of": "forward", "shape": {"name": "s"}, "dtype": "d", "variant": "ours"}
+    line = {
+        "device": "x",
+        "op": "o",
+        "of": "forward",
+        "shape": {"name": "s"},
+        "dtype": "d",
+        "variant": "ours",
+    }
     line |= {"ours": True, "tflops": 2.0, "of_matmul": 0.5, "gb_s": None}
     assert report.rows([line | {"p50": 1.0}, line | {"p50": 2.5e-5}])[0][5:8] == ("25 us", "2 TFLOP/s", "50%")
 
@@ -89,7 +121,7 @@ def test_what_is_wrong_is_not_timed():
         check(Work(lambda: None, lambda: [exact * torch.nan], lambda: [exact]))
 
 
-# ------------------------------------------------------------------------------------------------------------ work
+# ------------------------------------------------------------------------------------------------------- work
 
 
 def counted(run) -> int:
@@ -126,7 +158,8 @@ def test_flops_of_ragged_tiles_are_those_of_tokens_that_there_are():
 def test_flops_of_dense_attention_are_those_counted():
     shape = Attention("", (5, 6, 7), N=2, K=16, topk=1, dtypes=(), B=3)
     q, k, v = (torch.randn(3, 2, 210, 16).requires_grad_() for _ in range(3))
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the others' are not counted on a CPU
+    # the others' are not counted on a CPU
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         run = torch.nn.functional.scaled_dot_product_attention
         assert dense_flops(shape) == counted(lambda: run(q, k, v))
         out = run(q, k, v)
@@ -134,7 +167,9 @@ def test_flops_of_dense_attention_are_those_counted():
         assert (BACKWARD - 0.5) * dense_flops(shape) == counted(lambda: out.sum().backward())
 
 
-@pytest.mark.parametrize(("loss", "gradients", "passes"), [(dmd_loss, 1, 6), (sid_loss, 5, 10)], ids=["dmd", "sid"])
+@pytest.mark.parametrize(
+    ("loss", "gradients", "passes"), [(dmd_loss, 1, 6), (sid_loss, 5, 10)], ids=["dmd", "sid"]
+)
 def test_bytes_of_a_loss_are_its_inputs_and_gradients(loss, gradients, passes):
     given = [torch.randn(2, 3, 4).requires_grad_() for _ in range(5)]
     loss(*given, 1.0, -0.5, 4.0, *([1.0] if loss is sid_loss else []))[0].backward()
@@ -143,7 +178,7 @@ def test_bytes_of_a_loss_are_its_inputs_and_gradients(loss, gradients, passes):
     assert loss_bytes(given, written) == passes * 24 * 4
 
 
-# ---------------------------------------------------------------------------------------------------------- shapes
+# ----------------------------------------------------------------------------------------------------- shapes
 
 
 def test_the_shapes_are_those_of_the_models():

@@ -57,7 +57,7 @@ def test_a_student_must_be_near_its_teacher_and_far_above_few_steps_of_it(config
 
 
 def test_a_proof_records_each_run_and_tells_which_failed(tmp_path, monkeypatch, capsys):
-    """In processes of their own; the good run's line, picture and table are there although the other one fails."""
+    """The good run's line, picture and table are there although the other one, in its own process, fails."""
     good = write_toml(tmp_path, "dmd").rename(tmp_path / "tiny_dmd.toml")
     good.write_text(
         good.read_text(encoding="utf-8").replace("[validation]", "[validation]\nevery = 3"), encoding="utf-8"
@@ -67,7 +67,8 @@ def test_a_proof_records_each_run_and_tells_which_failed(tmp_path, monkeypatch, 
     arguments = [str(good), str(bad), "--jobs", "2", "--results", str(tmp_path / "results")]
     monkeypatch.setattr(sys, "argv", ["proof", *arguments])
     scores = {who: {"oracle": 0.5, "swd": 1.0} for who in proof_report.WHO}
-    old = {"config": "tiny_lcm", "scores": scores, "student_steps": 4, "seconds": 60.0}  # short, and not of this call
+    # short, and not of this call
+    old = {"config": "tiny_lcm", "scores": scores, "student_steps": 4, "seconds": 60.0}
     record.append([tmp_path / "results"], "proof.jsonl", old)
     with pytest.raises(SystemExit, match=r"(?s)^tiny_sid: .*'did'.*tiny_dmd: .*; asked") as e:
         proof.main()
@@ -85,7 +86,7 @@ def test_a_proof_records_each_run_and_tells_which_failed(tmp_path, monkeypatch, 
 
 
 def test_a_chain_exports_for_its_successor(tmp_path, monkeypatch):
-    """Each configuration of a chain is recorded when it ends; a run of another recipe is not taken for this one's."""
+    """Each configuration of a chain is recorded when it ends; a run of another recipe is refused."""
     monkeypatch.setattr(proof, "STARTS_FROM", {"tiny_lcm": "tiny_dmd"})
     for name in ("dmd", "lcm"):
         text = write_toml(tmp_path, name).read_text(encoding="utf-8").replace("/run", f"/{name}")

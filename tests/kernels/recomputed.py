@@ -1,4 +1,4 @@
-"""A dense attention whose backward computes the scores again, S^T as a product of its own, as the triton kernels do."""
+"""A dense attention whose backward recomputes S^T as a product of its own, as the triton kernels do."""
 
 import math
 
@@ -7,9 +7,10 @@ from torch import Tensor
 
 
 class Recomputed(torch.autograd.Function):
-    """Keep the rows' maxima and sums, not the probabilities; compute them again for dq from S and for dk, dv from S^T.
+    """Keep the rows' maxima and sums, and compute the probabilities again in the backward.
 
-    S^T is summed from the last channel to the first: it rounds otherwise than S whatever the processor does.
+    They come from S for dq and from S^T for dk and dv. S^T is summed from the last channel to the first: it
+    rounds otherwise than S whatever the processor does.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Ahead of time: the checks can fail, the machine code is read right, and the kernels pass on three targets."""
+"""Ahead of time: the checks can fail, machine code is read right, and the kernels pass on three targets."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def faults(target="sm_90", baseline: Any = BASELINE, **changed) -> list[str]:
     return [fault.split(": ", 1)[1] for fault in problems(target, [RECORD | changed], baseline)]
 
 
-# ------------------------------------------------------------------------------------------------------- the rules
+# -------------------------------------------------------------------------------------------------- the rules
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -105,12 +105,12 @@ def test_a_new_kernel_needs_a_baseline():
     assert faults(head_dim=64) == ["not in the baseline"]
 
 
-# --------------------------------------------------------------------------------------------------- the baseline
+# ----------------------------------------------------------------------------------------------- the baseline
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """A folder with one manifest, and a baseline file of its own."""
+    """Make a folder with one manifest, and a baseline file of its own."""
     (tmp_path / "sm_90").mkdir()
     (tmp_path / "sm_90" / "manifest.json").write_text(json.dumps([RECORD]), encoding="utf-8")
     monkeypatch.setattr(aot, "BASELINE", tmp_path / "baseline.json")
@@ -158,14 +158,18 @@ def test_interpreted_kernels_are_not_compiled(folder, monkeypatch):
         cli(monkeypatch, folder)
 
 
-# ------------------------------------------------------------------------------------------------ the machine code
+# ------------------------------------------------------------------------------------------- the machine code
 
 
 def elf(text: bytes) -> bytes:
-    """The smallest 64-bit ELF with a .text.k section of some size."""
+    """Build the smallest 64-bit ELF with a .text.k section of some size."""
     names = b"\0.shstrtab\0.text.k\0"
-    header = struct.pack("<16sHHIQQQIHHHHHH", b"\x7fELF", 0, 0, 0, 0, 0, 64 + len(names), 0, 64, 0, 0, 64, 2, 0)
-    sections = [struct.pack("<IIQQQQIIQQ", name, 0, 0, 0, 64, size, 0, 0, 0, 0) for name, size in ((1, 19), (11, 70))]
+    header = struct.pack(
+        "<16sHHIQQQIHHHHHH", b"\x7fELF", 0, 0, 0, 0, 0, 64 + len(names), 0, 64, 0, 0, 64, 2, 0
+    )
+    sections = [
+        struct.pack("<IIQQQQIIQQ", name, 0, 0, 0, 64, size, 0, 0, 0, 0) for name, size in ((1, 19), (11, 70))
+    ]
     return header + names + b"".join(sections) + text
 
 
@@ -214,7 +218,10 @@ def test_a_copy_around_the_inner_loop_is_not_one_in_it():
 
 
 def test_serialized_wgmma_is_read_from_the_log():
-    line = "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to .."
+    line = (
+        "ptxas info    : (C7510) Potential Performance Loss: "
+        "wgmma.mma_async instructions are serialized due to .."
+    )
     assert nvidia(log=f"{LOG}{line}\n").serialized == [line]
 
 
@@ -244,13 +251,15 @@ def test_amd_report():
         aot_resources.amd(AMD.replace("sgpr_spill_count", ""), elf(b""))
 
 
-# ---------------------------------------------------------------------------------------------------- the kernels
+# ------------------------------------------------------------------------------------------------ the kernels
 
 
 def test_every_module_with_specs_is_listed():
     pages = Path(aot.__file__).parent.glob("*/triton_*.py")
     with_specs = {
-        f"{path.parent.name}.{path.stem}" for path in pages if "\ndef specs(" in path.read_text(encoding="utf-8")
+        f"{path.parent.name}.{path.stem}"
+        for path in pages
+        if "\ndef specs(" in path.read_text(encoding="utf-8")
     }
     assert with_specs == set(aot.MODULES)
 
@@ -259,7 +268,17 @@ def compiled(target: str, out: Path) -> Iterator[str]:
     # not in this process: triton is here with its interpreter
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     kernels = Path(aot.__file__).parents[1]
-    command = [sys.executable, "-m", "fastdmd_kernels.aot", "--out", str(out), "--targets", target, "--jobs", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "fastdmd_kernels.aot",
+        "--out",
+        str(out),
+        "--targets",
+        target,
+        "--jobs",
+        "1",
+    ]
     done = subprocess.run(command, env=environment, cwd=kernels, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return aot.check(aot.read([target], out), json.loads(aot.BASELINE.read_text(encoding="utf-8")))

@@ -102,7 +102,7 @@ def test_masked_values_and_gradients():
             masked_attention(q, k, v, wrong)
 
 
-# ------------------------------------------------------------------------------------------------------- the choice
+# ------------------------------------------------------------------------------------------------- the choice
 
 
 def plain(q, k, v):
@@ -158,7 +158,9 @@ def test_what_fails_or_is_wrong_is_reported_and_not_chosen(candidates):
 
 def test_when_all_fail_the_reasons_are_told(candidates):
     candidates(a=(failing, 1.0), b=(wrong, 1.0))
-    with pytest.raises(RuntimeError, match=r"no attention for torch.float32, head dim 16 .*newer GPU.*wrong out"):
+    with pytest.raises(
+        RuntimeError, match=r"no attention for torch.float32, head dim 16 .*newer GPU.*wrong out"
+    ):
         dense._probe(CPU, torch.float32, 16)
 
 
@@ -187,7 +189,7 @@ def test_a_probe_draws_no_random_numbers_of_the_run(candidates):
 
 @pytest.fixture
 def gpu(monkeypatch, candidates):
-    """A machine whose CPU tensors count as a GPU's, its device number 0."""
+    """Let CPU tensors count as a GPU's, its device number 0."""
 
     class Device:
         type, index = "cuda", 0
@@ -206,12 +208,22 @@ def gpu(monkeypatch, candidates):
 
 def test_the_choice_is_made_once_per_device_dtype_and_head_dim(gpu):
     device, probes = gpu
-    keys = [(torch.float32, 16), (torch.float32, 16), (torch.bfloat16, 16), (torch.float32, 64), (torch.float32, 16)]
+    keys = [
+        (torch.float32, 16),
+        (torch.float32, 16),
+        (torch.bfloat16, 16),
+        (torch.float32, 64),
+        (torch.float32, 16),
+    ]
     assert {dense._name(device, *key) for key in keys} == {"a"}
     assert [key[1:] for key in probes] == [(torch.float32, 16), (torch.bfloat16, 16), (torch.float32, 64)]
     assert dense.prepare(device, torch.float32, 16) == "a"
     assert len(probes) == 3
-    assert set(dense.describe(device)) == {"attention float32 16", "attention bfloat16 16", "attention float32 64"}
+    assert set(dense.describe(device)) == {
+        "attention float32 16",
+        "attention bfloat16 16",
+        "attention float32 64",
+    }
 
 
 def test_a_rank_can_be_told_the_choice_of_another(gpu):
@@ -247,7 +259,7 @@ def test_use_pins_and_restores():
         dense.prepare(CPU, torch.float32, 16, name="fast")
 
 
-# ---------------------------------------------------------------------------------------------------- torch.compile
+# ---------------------------------------------------------------------------------------------- torch.compile
 
 
 @pytest.mark.parametrize("name", ["sdpa", "flash", "math"])

@@ -78,7 +78,7 @@ def test_describe_says_why(undecided, monkeypatch):
 
 
 def test_triton_is_imported_by_who_needs_it_only():
-    """`import fastdmd_kernels` and a CPU run of an op leave it alone: TRITON_INTERPRET is read at that moment."""
+    """Importing the kernels and running an op on a CPU do not: TRITON_INTERPRET is read at that moment."""
     code = """
 import sys
 sys.path.insert(0, sys.argv[1])

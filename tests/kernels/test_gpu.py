@@ -1,7 +1,8 @@
 """The kernels on a GPU, in the dtypes that runs have: what the interpreter cannot show.
 
-An error is judged against float64 (float32 where that would not fit), and may be twice that of the same composition in
-PyTorch and the same dtype. Both sides share the lists of tiles: one that bfloat16 flips moves an output by 20 %.
+An error is judged against float64 (float32 where that would not fit), and may be twice that of the same
+composition in PyTorch and the same dtype. Both sides share the lists of tiles: one that bfloat16 flips moves
+an output by 20 %.
 """
 
 import math
@@ -28,7 +29,7 @@ ALIGNED, RAGGED, ONE_TILE, WAN = (8, 8, 16), (9, 10, 11), (3, 2, 3), (21, 30, 52
 
 @pytest.fixture
 def poison(monkeypatch):
-    """What a kernel leaves unwritten is NaN."""
+    """Fill new memory with NaN: what a kernel leaves unwritten is seen."""
     empty = torch.empty
 
     def poisoned(*size, **options):
@@ -55,7 +56,10 @@ def dout_of(q: Tensor) -> Tensor:
 
 
 def values(
-    run: Callable[..., Tensor], given: list[Tensor], dtype: torch.dtype | None = None, dout: Tensor | None = None
+    run: Callable[..., Tensor],
+    given: list[Tensor],
+    dtype: torch.dtype | None = None,
+    dout: Tensor | None = None,
 ) -> list[Tensor]:
     """[out, gradient of each input], all computed in `dtype`."""
     dout = dout_of(given[0]) if dout is None else dout
@@ -69,13 +73,19 @@ def error(x: Tensor, exact: Tensor) -> float:
     return ((x.to(exact.dtype) - exact).norm() / exact.norm().clamp_min(1e-30)).item()
 
 
-def assert_as_good_as(composition: list[Tensor], ours: list[Tensor], exact: list[Tensor], floor: float = 1e-6) -> None:
+def assert_as_good_as(
+    composition: list[Tensor], ours: list[Tensor], exact: list[Tensor], floor: float = 1e-6
+) -> None:
     """Errors at most twice those of the composition, and a few float32 roundings."""
     for i, (c, x, true) in enumerate(zip(composition, ours, exact, strict=True)):
-        assert error(x, true) <= 2 * error(c, true) + floor, f"result {i}: {error(x, true):.1e}, {error(c, true):.1e}"
+        assert error(x, true) <= 2 * error(c, true) + floor, (
+            f"result {i}: {error(x, true):.1e}, {error(c, true):.1e}"
+        )
 
 
-def check_vsa(given: list[Tensor], tiles, topk: int, heads: slice = slice(None), exact_dtype=torch.float64) -> None:
+def check_vsa(
+    given: list[Tensor], tiles, topk: int, heads: slice = slice(None), exact_dtype=torch.float64
+) -> None:
     """`heads` are compared: dense scores of all may not fit."""
     q_tiles, k_tiles = (tiles, tiles) if isinstance(tiles, Tiles) else tiles
     lists = select(pool(given[0], q_tiles), pool(given[1], k_tiles), k_tiles, topk)
@@ -121,7 +131,7 @@ class TestVideoSparseAttention:
 
     @pytest.mark.parametrize("scale", [1.0, 4.0, 16.0])
     def test_input_scales(self, dtype, scale):
-        """Keys scaled before they are rounded lose the output at 16; in float16 dense scores overflow there."""
+        """Keys scaled before they are rounded lose the output at 16; float16 dense scores overflow there."""
         if dtype == torch.float16 and scale == 16:
             pytest.skip("the composition overflows in float16")
         check_vsa(tokens(RAGGED, dtype, scale=scale), Tiles(RAGGED), 5)
@@ -194,7 +204,9 @@ def test_more_than_2_31_elements():
     assert tiles.L * N * K > 2**31
     if (free := torch.cuda.mem_get_info(DEVICE)[0]) < 60e9:
         pytest.skip(f"needs 60 GB, {free / 1e9:.0f} are free")
-    given = [torch.randn(1, tiles.L, N, K, dtype=torch.bfloat16, device=DEVICE).requires_grad_() for _ in range(3)]
+    given = [
+        torch.randn(1, tiles.L, N, K, dtype=torch.bfloat16, device=DEVICE).requires_grad_() for _ in range(3)
+    ]
     lists = select(pool(given[0].detach(), tiles), pool(given[1].detach(), tiles), tiles, 2)
     out = fine(*given, lists, tiles, tiles)
     dout = torch.randn_like(out)
@@ -206,12 +218,17 @@ def test_more_than_2_31_elements():
         assert torch.equal(x[:, :, -1:], y)
 
 
-# ----------------------------------------------------------------------------------------------------------- losses
+# ----------------------------------------------------------------------------------------------------- losses
 
 LOSSES = {"dmd": (dmd_loss, 1), "sid": (partial(sid_loss, alpha=1.2), 5)}  # how many inputs get a gradient
 LATENTS = {"wan": (1, 16, 21, 60, 104), "sdxl": (4, 4, 128, 128), "odd": (3, 5, 7, 11)}
 MIXED = (torch.float32, torch.float32, *[torch.bfloat16] * 3)
-DTYPES = {"fp32": (torch.float32,) * 5, "bf16": (torch.bfloat16,) * 5, "fp16": (torch.float16,) * 5, "mixed": MIXED}
+DTYPES = {
+    "fp32": (torch.float32,) * 5,
+    "bf16": (torch.bfloat16,) * 5,
+    "fp16": (torch.float16,) * 5,
+    "mixed": MIXED,
+}
 
 
 def latents(shape: tuple[int, ...], dtypes) -> list[Tensor]:
@@ -219,7 +236,9 @@ def latents(shape: tuple[int, ...], dtypes) -> list[Tensor]:
     return [random(*shape, dtype=dtype, seed=i) for i, dtype in enumerate(dtypes)]
 
 
-def loss_values(name: str, given: list[Tensor | None], dtype: torch.dtype | None = None, **options) -> list[Tensor]:
+def loss_values(
+    name: str, given: list[Tensor | None], dtype: torch.dtype | None = None, **options
+) -> list[Tensor]:
     """[loss, metrics .., gradients ..]"""
     loss, n = LOSSES[name]
     inputs = [None if x is None else x.detach().to(dtype or x.dtype) for x in given]
@@ -277,7 +296,9 @@ class TestLosses:
                 given = [x.roll(seed) for x in latents(LATENTS["sdxl"], MIXED)]
                 leaves = [x.requires_grad_() for x in given[:n]]
                 ours, eager = compiled(*given), loss(*given, a=1.0, b=b, w=4.0)[0]
-                for x, y in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(eager, leaves), strict=True):
+                for x, y in zip(
+                    torch.autograd.grad(ours, leaves), torch.autograd.grad(eager, leaves), strict=True
+                ):
                     assert error(x, y.float()) < 1e-5
 
 
@@ -287,7 +308,7 @@ def test_dmd_mask():
     assert not ours[-1].masked_select(~mask).any()
 
 
-# -------------------------------------------------------------------------------------------------- dense attention
+# -------------------------------------------------------------------------------------------- dense attention
 
 
 @HALF

@@ -1,7 +1,7 @@
 """dmd_loss and sid_loss against closed forms in float64: gradients, not only values.
 
-In the Gaussian world the student samples N(m_g, s_g^2) and the teacher's data are N(m, s^2), so every score is known.
-B batch, C channel, T frames, H W space.
+In the Gaussian world the student samples N(m_g, s_g^2) and the teacher's data are N(m, s^2), so every score
+is known. B batch, C channel, T frames, H W space.
 """
 
 import numpy as np
@@ -46,7 +46,7 @@ def dmd_gradient(given: dict[str, Tensor], **more: Tensor) -> Tensor:
     return x["x0_g"].grad
 
 
-# ---------------------------------------------------------------------------------------------------- dmd_loss
+# --------------------------------------------------------------------------------------------------- dmd_loss
 
 
 def test_dmd_gradient_is_that_of_the_definition(given):
@@ -97,7 +97,9 @@ def test_dmd_gradient_reaches_the_student_only(given):
 
 def test_dmd_normalizer_is_of_each_sample_alone(given):
     before = dmd_gradient(given)
-    louder = dict(given, x0_g=given["x0_g"] * torch.tensor([1.0, 1.0, 9.0], dtype=torch.float64).view(-1, 1, 1, 1, 1))
+    louder = dict(
+        given, x0_g=given["x0_g"] * torch.tensor([1.0, 1.0, 9.0], dtype=torch.float64).view(-1, 1, 1, 1, 1)
+    )
     after = dmd_gradient(louder)
     assert torch.equal(after[:2], before[:2])
     assert not torch.allclose(after[2], before[2])
@@ -117,7 +119,9 @@ class TestArguments:
     def test_scalars_may_be_numbers_or_per_sample(self, given, loss):
         same = {"a": 0.7, "b": -0.4, "w": 3.0}
         numbers = loss(**(given | same))[0]
-        columns = loss(**given | {name: torch.full((3,), v, dtype=torch.float64) for name, v in same.items()})[0]
+        columns = loss(
+            **given | {name: torch.full((3,), v, dtype=torch.float64) for name, v in same.items()}
+        )[0]
         assert torch.equal(numbers, columns)
         one_by_one = [loss(**{name: x[i : i + 1] for name, x in given.items()})[0] for i in range(3)]
         torch.testing.assert_close(loss(**given)[0], torch.stack(one_by_one).mean(), rtol=1e-12, atol=0)
@@ -136,7 +140,8 @@ class TestArguments:
     def test_without_guidance_the_unconditional_output_is_left_out(self, given, loss):
         off = given | {"w": 1.0}
         torch.testing.assert_close(loss(**off | {"F_u": None})[0], loss(**off)[0], rtol=1e-12, atol=0)
-        for w in (4.0, given["w"], torch.ones(3)):  # a tensor is not looked at: that would wait for the device
+        # a tensor is not looked at: that would wait for the device
+        for w in (4.0, given["w"], torch.ones(3)):
             with pytest.raises(ValueError, match="needs F_u"):
                 loss(**given | {"F_u": None, "w": w})
 
@@ -174,7 +179,7 @@ def test_guidance_is_of_the_unconditional_side():
     assert [guide(u, c, w).item() for w in (0.0, 1.0, 4.0)] == [1.0, 3.0, 9.0]
 
 
-# ------------------------------------------------------------------------------------------- the Gaussian world
+# ----------------------------------------------------------------------------------------- the Gaussian world
 
 ALPHA, SIGMA = 0.35, 0.65  # flow, t = 0.65: x0 = z - sigma F
 TEACHER = (0.4, 0.7)  # mean and standard deviation of its data
@@ -182,7 +187,7 @@ STUDENT = (1.1, 0.5)
 
 
 def quadrature() -> tuple[Tensor, Tensor, Tensor]:
-    """Gauss-Hermite nodes (xi, eps) [N] of two standard normals, and weights: exact up to degree 7 in each."""
+    """Return Gauss-Hermite nodes (xi, eps) [N] of two standard normals, and weights, exact up to degree 7."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(4)
     x, w = torch.from_numpy(nodes), torch.from_numpy(weights / weights.sum())
     xi, eps = torch.cartesian_prod(x, x).T
@@ -190,7 +195,7 @@ def quadrature() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def optimal_F(z: Tensor, mean: Tensor | float, std: Tensor | float) -> Tensor:
-    """The velocity E[eps - x0 | z] of x0 ~ N(mean, std^2), in float64."""
+    """Return the velocity E[eps - x0 | z] of x0 ~ N(mean, std^2), in float64."""
     variance = ALPHA**2 * std**2 + SIGMA**2
     x0 = mean + ALPHA * std**2 * (z - ALPHA * mean) / variance
     eps = SIGMA * (z - ALPHA * mean) / variance
@@ -205,9 +210,10 @@ def noised_kl(m_g: Tensor, s_g: Tensor, mean: float, std: float) -> Tensor:
 
 @pytest.mark.parametrize("w", [1.0, 4.0])
 def test_dmd_gradient_is_that_of_the_kl_of_the_noised_laws(w):
-    """Times its normaliser, and (alpha / sigma)^2 from x0 to score: with the pathwise dx0/d(m_g, s_g), to 1e-9.
+    """Times its normaliser, and (alpha / sigma)^2 from x0 to score.
 
-    Two teachers N(m_u, s^2) and N(m_c, s^2) guide to the Gaussian N(m_u + w (m_c - m_u), s^2).
+    With the pathwise dx0/d(m_g, s_g), to 1e-9. Two teachers N(m_u, s^2) and N(m_c, s^2) guide to the Gaussian
+    N(m_u + w (m_c - m_u), s^2).
     """
     m_g, s_g = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in STUDENT)
     m_u, s = -0.3, TEACHER[1]
@@ -233,7 +239,7 @@ def test_dmd_gradient_is_that_of_the_kl_of_the_noised_laws(w):
     torch.testing.assert_close(got, differences, rtol=0, atol=1e-8)
 
 
-# ---------------------------------------------------------------------------------------------------- sid_loss
+# --------------------------------------------------------------------------------------------------- sid_loss
 
 
 def sid_flow(given: dict[str, Tensor], alpha: float) -> Tensor:
@@ -279,7 +285,9 @@ def test_sid_of_eps_prediction_is_its_x0_form(given):
         torch.testing.assert_close(2 * (x[name].grad * step).sum(), difference, rtol=1e-7, atol=1e-14)
 
 
-def gaussian_sid(alpha: float, critic: tuple[float, float], stop_scores: bool = False) -> tuple[Tensor, Tensor]:
+def gaussian_sid(
+    alpha: float, critic: tuple[float, float], stop_scores: bool = False
+) -> tuple[Tensor, Tensor]:
     """SiD in the Gaussian world: its value times the normaliser, in expectation; and d(loss)/d(m_g, s_g)."""
     m_g, s_g = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in STUDENT)
     xi, eps, weights = quadrature()
@@ -289,7 +297,9 @@ def gaussian_sid(alpha: float, critic: tuple[float, float], stop_scores: bool = 
     if stop_scores:
         z, F_fake, F_c = z.detach(), F_fake.detach(), F_c.detach()
     rows = (x[:, None, None] for x in (x0, z, F_fake, F_c))
-    losses = torch.stack([sid_loss(*row, None, 1.0, -SIGMA, 1.0, alpha)[0] for row in zip(*rows, strict=True)])
+    losses = torch.stack(
+        [sid_loss(*row, None, 1.0, -SIGMA, 1.0, alpha)[0] for row in zip(*rows, strict=True)]
+    )
     normalizers = (x0 - (z - SIGMA * F_c)).abs().detach()
     gradient = torch.autograd.grad((weights * losses).sum(), (m_g, s_g))
     return (weights * losses * normalizers).sum().detach(), torch.stack(gradient)
@@ -297,7 +307,10 @@ def gaussian_sid(alpha: float, critic: tuple[float, float], stop_scores: bool = 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 1.2])
 def test_sid_with_a_true_critic_is_the_fisher_divergence(alpha):
-    """E[(x0_fake - x0_g) f(z)] = 0 for x0_fake = E[x0_g | z], so the loss is (1 - alpha) E[(x0_real - x0_fake)^2]."""
+    """The loss is (1 - alpha) E[(x0_real - x0_fake)^2].
+
+    E[(x0_fake - x0_g) f(z)] = 0 for x0_fake = E[x0_g | z].
+    """
     xi, eps, weights = quadrature()
     z = ALPHA * (STUDENT[0] + STUDENT[1] * xi) + SIGMA * eps
     gap = SIGMA * (optimal_F(z, *STUDENT) - optimal_F(z, *TEACHER))

@@ -1,4 +1,4 @@
-"""The fused losses against float64: error at most twice that of the float32 composition, of values and of gradients.
+"""The fused losses against float64: values and gradients have at most twice the float32 composition's error.
 
 Without a GPU in triton's interpreter, in float32 and float16 (its bfloat16 is wrong).
 """
@@ -16,7 +16,8 @@ from fastdmd_kernels import dmd_loss, sid_loss
 from fastdmd_kernels.dispatch import use
 from fastdmd_kernels.losses.triton_shared import BLOCK, CHUNKS, chunks_of, mask_args
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, of NaN and 0 / 0 in the interpreter
+# numpy, of NaN and 0 / 0 in the interpreter
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TENSORS = ("x0_g", "z", "F_fake", "F_c", "F_u")
@@ -74,7 +75,7 @@ def assert_no_worse(name, *cases, mask=None):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """New memory is NaN, so that an element that no kernel writes is seen."""
+    """Fill new memory with NaN, so that an element that no kernel writes is seen."""
     before = torch.Tensor.new_empty
 
     def new_empty(self, *args, **kwargs):
@@ -201,7 +202,7 @@ INF, NAN = float("inf"), float("nan")
 
 
 def assert_same_gradient(fused: Result, plain: Result):
-    """Largest float over numel, where the reference's autograd doubles the largest float first and has inf."""
+    """Have the largest float over numel, where the reference's autograd doubles it first and has inf."""
     want = plain[2][0]
     largest = 0.3 * torch.finfo(torch.float32).max / want.numel()
     torch.testing.assert_close(fused[2][0], want.clamp(-largest, largest), rtol=1e-5, atol=1e-7)
@@ -323,7 +324,9 @@ class TestErrors:
             LOSSES[name](*arguments((2, 0, 3)))
 
     @pytest.mark.parametrize("backend", ["torch", "triton"])
-    @pytest.mark.parametrize("mask", [torch.ones(2, 3), torch.ones(2, 2, dtype=torch.bool)], ids=["float", "shape"])
+    @pytest.mark.parametrize(
+        "mask", [torch.ones(2, 3), torch.ones(2, 2, dtype=torch.bool)], ids=["float", "shape"]
+    )
     def test_masks(self, backend, mask):
         with use(backend), pytest.raises(ValueError, match="want bool, broadcastable"):
             dmd_loss(*arguments((2, 3)), mask)

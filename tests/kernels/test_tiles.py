@@ -94,13 +94,15 @@ def test_a_first_use_with_fake_tensors_does_not_reach_other_instances():
         assert isinstance(moved, FakeTensor)
     x = torch.arange(math.prod(grid))
     real = Tiles(grid)
-    assert real.to_tile_order(x, 0).tolist() == [token for tile in tiles_by_hand(grid, real.tile) for token in tile]
+    assert real.to_tile_order(x, 0).tolist() == [
+        token for tile in tiles_by_hand(grid, real.tile) for token in tile
+    ]
     assert not any(isinstance(y, FakeTensor) for y in (*real.on(CPU), tile_order(grid, real.tile)))
 
 
 @pytest.mark.parametrize("prepared", [True, False])
 def test_a_prepared_geometry_is_an_input_of_the_graph(prepared):
-    """No order is computed in it. Of an instance that nobody prepared it is, once: the next call finds the tensors."""
+    """No order is computed in it. Where nobody prepared it is, once: the next call finds the tensors."""
     graphs = []
 
     def kept(graph, example_inputs):
@@ -135,7 +137,9 @@ def test_the_orders_are_those_of_the_functions():
     assert torch.equal(geometry.inverse, raster_order((5, 6, 7), (4, 4, 4)))
 
 
-@pytest.mark.parametrize(("grid", "cube"), [((0, 4, 4), (4, 4, 4)), ((4, 4, 4), (4, 0, 4)), ((4, 4), (4, 4, 4))])
+@pytest.mark.parametrize(
+    ("grid", "cube"), [((0, 4, 4), (4, 4, 4)), ((4, 4, 4), (4, 0, 4)), ((4, 4), (4, 4, 4))]
+)
 def test_wrong_grids_are_refused(grid, cube):
     for make in (Tiles, tile_order):
         with pytest.raises(ValueError, match="three positive"):

@@ -1,7 +1,7 @@
 """Video sparse attention against its definition: values, all gradients, and that it is as sparse as it says.
 
-By hand (einsum in loops, float64) -> `vsa_reference` (also gradcheck) -> each backend. Errors are judged against those
-of the reference in the same dtype, with the same lists.
+By hand (einsum in loops, float64) -> `vsa_reference` (also gradcheck) -> each backend. Errors are judged
+against those of the reference in the same dtype, with the same lists.
 """
 
 import math
@@ -32,8 +32,10 @@ CASES = {  # name -> (tiles, topk)
 
 
 def assert_as_exact_as_the_reference(x: dict[str, Tensor], tiles, topk: int) -> None:
-    """At most twice the error of the reference in the same dtype, in root mean square: the largest of a few thousand
-    errors is a matter of luck, up to 3 times that of an equally exact side."""
+    """Allow at most twice the error of the reference in the same dtype, in root mean square.
+
+    The largest of a few thousand errors is a matter of luck, up to 3 times that of an equally exact side.
+    """
     lists, exact = choose(x, tiles, topk), {name: value.double() for name, value in x.items()}
     want = run(vsa_reference, exact, tiles, topk, lists=lists)
     same_dtype = run(vsa_reference, x, tiles, topk, lists=lists)
@@ -45,7 +47,7 @@ def assert_as_exact_as_the_reference(x: dict[str, Tensor], tiles, topk: int) -> 
         assert error <= 2 * allowed, (name, error, allowed)
 
 
-# ------------------------------------------------------------------------------------------------------ the definition
+# --------------------------------------------------------------------------------------------- the definition
 
 
 def by_hand(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, tiles, topk: int) -> Tensor:
@@ -92,7 +94,15 @@ def test_given_lists_override_the_choice():
 
 
 def test_topk_is_a_ceiling_of_tiles():
-    known = {(0.8, 455): 91, (0.9, 10): 1, (0.7, 10): 3, (0.0, 7): 7, (1.0, 7): 1, (0.9, 624): 63, (0.5, 3): 2}
+    known = {
+        (0.8, 455): 91,
+        (0.9, 10): 1,
+        (0.7, 10): 3,
+        (0.0, 7): 7,
+        (1.0, 7): 1,
+        (0.9, 624): 63,
+        (0.5, 3): 2,
+    }
     assert {given: topk_for(*given) for given in known} == known
     assert [topk_for(0.03 * i, 100) for i in range(1, 31)] == [100 - 3 * i for i in range(1, 31)]
     for given in [(-0.1, 4), (1.1, 4), (0.5, 0), (math.nan, 4)]:
@@ -100,7 +110,7 @@ def test_topk_is_a_ceiling_of_tiles():
             topk_for(*given)
 
 
-# ------------------------------------------------------------------------------------------------------- the backends
+# ----------------------------------------------------------------------------------------------- the backends
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -111,7 +121,7 @@ def test_values_and_gradients(case, backend):
 
 @pytest.mark.parametrize("scale", [1, 4, 16])
 def test_input_scales(scale, backend, monkeypatch):
-    """The yardstick of the triton kernels recomputes S^T as they do; test_vsa_triton.py has the sharper one."""
+    """What recomputes S^T judges the triton kernels, which do; test_vsa_triton.py has a sharper test."""
     if backend == "triton":
         monkeypatch.setattr(reference, "attend", recomputed)
     assert_as_exact_as_the_reference(inputs(RAGGED, scale=scale), RAGGED, 3)
@@ -145,7 +155,7 @@ def test_lists_are_those_of_the_reference(backend):
 
 
 def tiles_taken(op, tiles: Tiles, levels: list[int], topk: int, K: int = 16) -> list[list[int]]:
-    """Return the key tiles in whose direction the output of each token points, for keys of one level a tile."""
+    """Return the key tiles in whose direction each token's output points, for keys of one level per tile."""
     tile_of_row = tiles.on(torch.device("cpu")).tile_of_row
     k = torch.tensor(levels, dtype=torch.float32)[tile_of_row][None, :, None, None].repeat(1, 1, 1, K)
     v = nnf.one_hot(tile_of_row, K).float()[None, :, None]
@@ -162,7 +172,8 @@ def test_of_equal_scores_at_the_cut_the_lowest_tiles_are_kept(tiles, side, topk)
         pytest.importorskip("triton")
     levels = [1, 2, 0, 2, 1, 2, 0, 1, 2, 1, 0, 2]
     kept = sorted(sorted(range(12), key=lambda i: (-levels[i], i))[:topk])
-    assert kept != sorted(sorted(range(12), key=lambda i: (-levels[i], -i))[:topk])  # the cut is between equals
+    highest = sorted(sorted(range(12), key=lambda i: (-levels[i], -i))[:topk])
+    assert kept != highest  # the cut is between equals
     if side == "reference":
         taken = tiles_taken(vsa_reference, tiles, levels, topk)
     else:
@@ -268,7 +279,7 @@ def test_chunks_do_not_show(monkeypatch):
         torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------ what is refused
+# -------------------------------------------------------------------------------------------- what is refused
 
 
 def refused(match: str, tiles=EVEN, topk=2, **change) -> None:

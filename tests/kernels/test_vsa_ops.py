@@ -1,4 +1,4 @@
-"""Sparse attention under autocast, checkpointing and torch.compile, its registered ops, and how much work it does."""
+"""Sparse attention under autocast, checkpointing and torch.compile; its registered ops; its work."""
 
 import statistics
 import time
@@ -18,7 +18,7 @@ from fastdmd_kernels import Tiles, topk_for, video_sparse_attention
 from fastdmd_kernels.vsa import ops as vsa_ops
 from fastdmd_kernels.vsa import torch as stages
 
-# ---------------------------------------------------------------------------------------- autocast, checkpoint, compile
+# ------------------------------------------------------------------------------ autocast, checkpoint, compile
 
 
 def test_autocast_does_not_reach_the_scores():
@@ -72,7 +72,9 @@ def test_ten_sparsities_give_two_graphs(downwards):
     topks = [topk_for(0.09 * i, tiles.n) for i in range(10)]
     assert (tiles.n, topks) == (12, [12, 11, 10, 9, 8, 7, 6, 5, 4, 3])
     torch._dynamo.reset()
-    compiled = torch.compile(video_sparse_attention, fullgraph=True, backend=counted("dynamo", aot_autograd(**parts)))
+    compiled = torch.compile(
+        video_sparse_attention, fullgraph=True, backend=counted("dynamo", aot_autograd(**parts))
+    )
     x = inputs(tiles, B=1)
     for topk in topks if downwards else reversed(topks):
         want, got = (run(op, x, tiles, topk) for op in (video_sparse_attention, compiled))
@@ -103,7 +105,7 @@ def test_registered_ops_are_what_they_claim(tiles, backend):
     torch.library.opcheck(ops.vsa_fine_backward.default, given)
 
 
-# -------------------------------------------------------------------------------------------------------- how much work
+# ---------------------------------------------------------------------------------------------- how much work
 
 
 class Inside(TorchDispatchMode):

@@ -1,7 +1,7 @@
 """The Triton kernels of video sparse attention against dense masked attention in float64.
 
-Without a GPU they run in triton's interpreter (tests/conftest.py), which proves arithmetic and indexing. Lists are
-built here, by sorting, and not by the kernel under test.
+Without a GPU they run in triton's interpreter (tests/conftest.py), which proves arithmetic and indexing.
+Lists are built here, by sorting, and not by the kernel under test.
 """
 
 import math
@@ -20,16 +20,25 @@ from fastdmd_kernels.vsa import triton_bwd, triton_fwd
 from fastdmd_kernels.vsa.triton_tokens import store_tile
 
 # in the rows of pad keys, which are not stored, probabilities have no bound
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered|invalid value encountered:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:overflow encountered|invalid value encountered:RuntimeWarning"
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALIGNED, ALL_RAGGED = (8, 4, 8), (5, 6, 7)
-GRIDS = {"aligned": ALIGNED, "t": (5, 4, 8), "h": (4, 6, 8), "w": (4, 8, 5), "all": ALL_RAGGED, "one tile": (3, 2, 3)}
+GRIDS = {
+    "aligned": ALIGNED,
+    "t": (5, 4, 8),
+    "h": (4, 6, 8),
+    "w": (4, 8, 5),
+    "all": ALL_RAGGED,
+    "one tile": (3, 2, 3),
+}
 
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
-    """What a kernel leaves unwritten is NaN."""
+    """Fill new memory with NaN: what a kernel leaves unwritten is seen."""
     empty = torch.empty
 
     def poisoned(*size, **options):
@@ -47,7 +56,7 @@ def lend_16_bits(op: str, target: str, dtype: str, K: int):
 
 @pytest.fixture(params=["descriptors", "pointers"])
 def path(request, monkeypatch):
-    """Float32 has its own configuration, pointers and 16 rows a program: "descriptors" lends it that of 16 bits."""
+    """Lend float32 the configuration of 16 bits; its own has pointers and 16 rows per program."""
     for module in (triton_fwd, triton_bwd):
         if request.param == "pointers":
             monkeypatch.setattr(module, "can_describe", lambda x: False)
@@ -79,7 +88,7 @@ def rows_of(tiles) -> list[tuple[int, int]]:
 
 
 def best(scores: Tensor, topk: int) -> Tensor:
-    """Indices of the topk largest, ascending; equal ones from the lowest."""
+    """Return the indices of the topk largest, ascending; equal ones from the lowest."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :topk].sort(-1).values
 
 
@@ -89,7 +98,9 @@ def pack(index: Tensor, tiles) -> Tensor:
 
 def allowed(index: Tensor, tiles_q, tiles_k) -> Tensor:
     """[B, N, Lq, Lk]: the tokens that `index` [B, N, nq, topk] lets see each other."""
-    chosen = torch.zeros(*index.shape[:3], len(tiles_k[0]), dtype=torch.bool, device=DEVICE).scatter_(3, index, True)
+    chosen = torch.zeros(*index.shape[:3], len(tiles_k[0]), dtype=torch.bool, device=DEVICE).scatter_(
+        3, index, True
+    )
     tile_q = torch.repeat_interleave(torch.arange(len(tiles_q[0]), device=DEVICE), tiles_q[1])
     tile_k = torch.repeat_interleave(torch.arange(len(tiles_k[0]), device=DEVICE), tiles_k[1])
     return chosen[:, :, tile_q][..., tile_k]
@@ -106,7 +117,7 @@ def dense(q, k, v, dout, mask, dtype) -> list[Tensor]:
 
 
 def dense_recomputed(q, k, v, dout, mask, dtype) -> list[Tensor]:
-    """The same, of an attention whose backward computes S^T again; every row has a key."""
+    """Return the same of an attention whose backward recomputes S^T; every row has a key."""
     q, k, v = (x.detach().to(dtype).requires_grad_() for x in (q, k, v))
     out = recomputed(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout.to(dtype))]
@@ -127,11 +138,13 @@ def random(*shape: int, dtype=torch.float32, seed: int = 0, scale: float = 1.0) 
 
 
 def check(q, k, v, index, tiles_q, tiles_k, composition=dense) -> list[Tensor]:
-    """Error at most twice that of the same composition in PyTorch and the same dtype, for values and gradients."""
+    """Allow values and gradients at most twice the error of the composition in PyTorch in the same dtype."""
     dout = random(*q.shape, dtype=q.dtype, seed=3)
     mask = allowed(index, tiles_q, tiles_k)
     exact = dense(q, k, v, dout, mask, torch.float64)
-    torch_errors = [error(x, e) for x, e in zip(composition(q, k, v, dout, mask, q.dtype), exact, strict=True)]
+    torch_errors = [
+        error(x, e) for x, e in zip(composition(q, k, v, dout, mask, q.dtype), exact, strict=True)
+    ]
     result = sparse(q, k, v, dout, pack(index, tiles_k), tiles_q, tiles_k)
     for name, x, e, torch_error in zip(("out", "dq", "dk", "dv"), result, exact, torch_errors, strict=True):
         assert x.dtype == q.dtype
@@ -165,7 +178,8 @@ def test_head_dims(K, path):
 def test_input_scales(scale):
     """At 16, keys scaled before they are rounded lose the output altogether.
 
-    S^T of dk and dv may round otherwise than S (numpy with OPENBLAS_CORETYPE=Haswell: in 30 % of its elements).
+    S^T of dk and dv may round otherwise than S (numpy with OPENBLAS_CORETYPE=Haswell: in 30 % of its
+    elements).
     """
     q, k, v = tokens(ALL_RAGGED, scale=scale)
     tiles = tiles_of(ALL_RAGGED)
@@ -180,7 +194,7 @@ def in_the_order_of_k(a: np.ndarray, b: np.ndarray, dtype: np.dtype) -> np.ndarr
 @pytest.mark.skipif(DEVICE != "cpu", reason="the order of a GPU's sums is its own")
 @pytest.mark.parametrize("scale", [1.0, 4.0, 16.0])
 def test_input_scales_where_s_and_its_transpose_round_alike(scale, monkeypatch):
-    """Then the measure is a plain softmax: the rounding of the log-sum-exp, which is that of S, must not show in dv."""
+    """Then a plain softmax is the measure: the rounding of the log-sum-exp must not show in dv."""
     monkeypatch.setattr(np, "matmul", in_the_order_of_k)
     q, k, v = tokens(ALL_RAGGED, scale=scale)
     tiles = tiles_of(ALL_RAGGED)
@@ -222,7 +236,9 @@ def test_all_tiles_is_dense_attention():
     dout = random(*q.shape, seed=3)
     lists = vsa.select(*(vsa.pool(x.detach(), *tiles) for x in (q, k)), *tiles, 8)
     ours = sparse(*(x.detach() for x in (q, k, v)), dout, lists, tiles, tiles)
-    out = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    out = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(
+        1, 2
+    )
     for x, y in zip(ours, [out, *torch.autograd.grad(out, (q, k, v), dout)], strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 
@@ -256,7 +272,9 @@ def test_lse_is_base_2_with_a_sentinel_in_pad_slots(path):
     s = torch.einsum("blnk,bmnk->bnlm", q.double(), k.double()) / 4
     exact = s.masked_fill(~allowed(index, tiles, tiles), -math.inf).logsumexp(-1) / math.log(2)
     for tile, (row, n) in enumerate(rows_of(tiles)):
-        torch.testing.assert_close(lse[:, :, tile, :n].double(), exact[:, :, row : row + n], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            lse[:, :, tile, :n].double(), exact[:, :, row : row + n], rtol=1e-6, atol=1e-6
+        )
         assert (lse[:, :, tile, n:] == 1e30).all()
 
 
@@ -279,7 +297,9 @@ def test_an_expanded_gradient():
     lists = pack(index_of(q, k, tiles, tiles, 1), tiles)
     one = torch.ones((), device=DEVICE).expand(q.shape)
     for x, y in zip(
-        sparse(q, k, v, one, lists, tiles, tiles), sparse(q, k, v, one.contiguous(), lists, tiles, tiles), strict=True
+        sparse(q, k, v, one, lists, tiles, tiles),
+        sparse(q, k, v, one.contiguous(), lists, tiles, tiles),
+        strict=True,
     ):
         assert torch.equal(x, y)
 
@@ -335,7 +355,9 @@ def test_inputs_that_no_kernel_reads():
     q, k, v = tokens((4, 4, 4))
     lists = pack(torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=DEVICE), tiles)
     with pytest.raises(ValueError, match=r"q: shape \[1, 64, 1, 16\], strides \[1024, 16, 16, 2\]"):
-        vsa.fine_fwd(random(1, 64, 1, 32)[..., ::2].as_strided(q.shape, (1024, 16, 16, 2)), k, v, lists, *tiles)
+        vsa.fine_fwd(
+            random(1, 64, 1, 32)[..., ::2].as_strided(q.shape, (1024, 16, 16, 2)), k, v, lists, *tiles
+        )
     with pytest.raises(ValueError, match=r"k \[1, 64, 1, 16\] torch.float16"):
         vsa.fine_fwd(q, k.half(), v, lists, *tiles)
     with pytest.raises(ValueError, match="topk = 2 of 1 tiles"):
@@ -372,7 +394,9 @@ class TestFarAddresses:
         x.copy_(random(*shape))
         tiles = from_counts([1, shape[1] - 1] if shape[1] <= 64 else [1, 63, 1])
         assert error(vsa.pool(x, *tiles), pooled(x, tiles)) < 1e-6
-        lists = pack(torch.zeros(*shape[:1], shape[2], len(tiles[0]), 1, dtype=torch.int64, device=DEVICE) + 1, tiles)
+        lists = pack(
+            torch.zeros(*shape[:1], shape[2], len(tiles[0]), 1, dtype=torch.int64, device=DEVICE) + 1, tiles
+        )
         for can in (lambda x: True, lambda x: False):
             monkeypatch.setattr(triton_fwd, "can_describe", can)
             near, far = (vsa.fine_fwd(y, y, y, lists, *tiles)[0] for y in (x.contiguous(), x))

@@ -15,7 +15,7 @@ def pair(tiles) -> tuple[Tiles, Tiles]:
 
 
 def inputs(tiles, B=2, N=2, K=16, dtype=torch.float32, scale=1.0, seed=0) -> dict[str, Tensor]:
-    """q, k, v, gate and dout. Strided: slices of fused [B, L, N, 3, K] and [B, N, L, K] seen as [B, L, N, K]."""
+    """Draw q, k, v, gate and dout: slices of fused [B, L, N, 3, K], and [B, N, L, K] seen as [B, L, N, K]."""
     g = torch.Generator().manual_seed(seed)
     of_q, of_k = pair(tiles)
 
@@ -33,7 +33,7 @@ def choose(x: dict[str, Tensor], tiles, topk: int) -> Tensor:
 
 
 def run(op, x: dict[str, Tensor], tiles, topk: int, **more) -> dict[str, Tensor]:
-    """Output and gradients; `detach` keeps the strides."""
+    """Return output and gradients; `detach` keeps the strides."""
     leaves = {name: x[name].detach().requires_grad_() for name in NAMES if name in x}
     out = op(leaves["q"], leaves["k"], leaves["v"], leaves.get("gate"), tiles, topk, **more)
     grads = torch.autograd.grad(out, list(leaves.values()), x["dout"])
@@ -41,7 +41,7 @@ def run(op, x: dict[str, Tensor], tiles, topk: int, **more) -> dict[str, Tensor]
 
 
 def rows_of(tiles: Tiles) -> list[slice]:
-    """Each tile's rows, from the grid alone."""
+    """Return each tile's rows, from the grid alone."""
     counts = [1]
     for size, cut in zip(tiles.grid, tiles.tile, strict=True):
         counts = [count * min(cut, size - i) for count in counts for i in range(0, size, cut)]

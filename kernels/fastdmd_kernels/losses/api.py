@@ -1,8 +1,8 @@
 """Score-distillation losses: what they mean, and who computes them. The arithmetic is in reference.py.
 
-x0_g student output, z = alpha(s) x0_g + sigma(s) eps, F raw outputs at (z, s): F_fake of the critic, F_c and F_u of the
-teacher with and without the condition; x0 = a z + b F. Tensors [B, ..]; a, b, w are [B] or scalars. All arithmetic is
-at least float32, whatever the inputs are.
+x0_g student output, z = alpha(s) x0_g + sigma(s) eps, F raw outputs at (z, s): F_fake of the critic, F_c and
+F_u of the teacher with and without the condition; x0 = a z + b F. Tensors [B, ..]; a, b, w are [B] or
+scalars. All arithmetic is at least float32, whatever the inputs are.
 """
 
 import torch
@@ -16,7 +16,7 @@ from fastdmd_kernels.losses.reference import Metrics, Scalar
 def _check(
     x0_g: Tensor, z: Tensor, F_fake: Tensor, F_c: Tensor, F_u: Tensor | None, a: Scalar, b: Scalar, w: Scalar
 ) -> None:
-    """ValueError for shapes that differ or a missing F_u."""
+    """Raise ValueError for shapes that differ or a missing F_u."""
     shapes = [list(x.shape) for x in (x0_g, z, F_fake, F_c, F_u) if x is not None]
     if any(shape != shapes[0] for shape in shapes):
         raise ValueError(f"shapes differ: {shapes}")
@@ -34,7 +34,9 @@ def _check_mask(mask: Tensor, like: Tensor) -> None:
         m in (1, n) for m, n in zip(reversed(mask.shape), reversed(like.shape), strict=False)
     )
     if mask.dtype != torch.bool or not fits:
-        raise ValueError(f"mask {list(mask.shape)} {mask.dtype}: want bool, broadcastable to {list(like.shape)}")
+        raise ValueError(
+            f"mask {list(mask.shape)} {mask.dtype}: want bool, broadcastable to {list(like.shape)}"
+        )
 
 
 def dmd_loss(
@@ -48,11 +50,12 @@ def dmd_loss(
     w: Scalar,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """Distribution matching (DMD 2311.18828, eq. 7 and 8): the gradient of KL(student || teacher) at x0_g.
+    """Match distributions (DMD 2311.18828, eq. 7 and 8): the gradient of KL(student || teacher) at x0_g.
 
-    grad = b (F_fake - F_real) / mean_per_sample|x0_g - x0_real|, (x0_fake - x0_real) / mean|p| with 1.3-7 times less
-    bfloat16 rounding; loss = 0.5 mean((x0_g - sg(x0_g - grad))^2). Gradient to x0_g only. `mask`, boolean and
-    broadcastable to x0_g, keeps elements in the mean. Raises ValueError for shapes that differ.
+    grad = b (F_fake - F_real) / mean_per_sample|x0_g - x0_real|, (x0_fake - x0_real) / mean|p| with 1.3-7
+    times less bfloat16 rounding; loss = 0.5 mean((x0_g - sg(x0_g - grad))^2). The gradient goes to x0_g only.
+    `mask`, boolean and broadcastable to x0_g, keeps elements in the mean. Raises ValueError for shapes that
+    differ.
     """
     _check(x0_g, z, F_fake, F_c, F_u, a, b, w)
     if mask is not None:
@@ -75,10 +78,10 @@ def sid_loss(
     w: Scalar,
     alpha: float,
 ) -> tuple[Tensor, Metrics]:
-    """Score identity distillation (SiD 2404.04057, eq. 23) with the normaliser of DMD.
+    """Distil by score identity (SiD 2404.04057, eq. 23) with the normaliser of DMD.
 
-    mean((x0_real - x0_fake) ((x0_real - x0_g) - alpha (x0_real - x0_fake)) / sg(mean_per_sample|x0_g - x0_real|)).
-    Nothing but the normaliser is detached: gradients flow to x0_g, z, F_fake, F_c and F_u.
+    mean((x0_real - x0_fake) ((x0_real - x0_g) - alpha (x0_real - x0_fake)) / sg(mean_per_sample|x0_g -
+    x0_real|)). Nothing but the normaliser is detached: gradients flow to x0_g, z, F_fake, F_c and F_u.
     """
     _check(x0_g, z, F_fake, F_c, F_u, a, b, w)
     if backend(x0_g.device) == "triton":

@@ -1,8 +1,8 @@
-"""Score-distillation losses in plain PyTorch. The fused kernels have to match this page; the contract is in api.py.
+"""Score-distillation losses in plain PyTorch; the contract is in api.py, and the fused kernels have to match.
 
-x0_g student output, z = alpha(s) x0_g + sigma(s) eps, F raw outputs at (z, s): F_fake of the critic, F_c and F_u of the
-teacher with and without the condition; x0 = a z + b F. Tensors [B, ..]; a, b, w are [B] or scalars. All arithmetic is
-at least float32, whatever the inputs are.
+x0_g student output, z = alpha(s) x0_g + sigma(s) eps, F raw outputs at (z, s): F_fake of the critic, F_c and
+F_u of the teacher with and without the condition; x0 = a z + b F. Tensors [B, ..]; a, b, w are [B] or
+scalars. All arithmetic is at least float32, whatever the inputs are.
 """
 
 import torch
@@ -13,7 +13,10 @@ Metrics = dict[str, Tensor]
 
 
 def guide(u: Tensor, c: Tensor, w: Scalar) -> Tensor:
-    """Classifier-free guidance u + w (c - u); w = 1 is off. Published c + g (c - u) is w = g + 1."""
+    """Guide without a classifier: u + w (c - u), where w = 1 is off.
+
+    Published c + g (c - u) is w = g + 1.
+    """
     return u + w * (c - u)
 
 
@@ -24,7 +27,7 @@ def _per_sample(value: Scalar, like: Tensor) -> Scalar:
 
 
 def _mean_per_sample(x: Tensor) -> Tensor:
-    """Mean over all but the batch, kept [B, 1, ..]."""
+    """Return the mean over all dimensions but the batch, kept as [B, 1, ..]."""
     return x.mean(dim=tuple(range(1, x.ndim)), keepdim=True)
 
 
@@ -35,7 +38,7 @@ def _upcast(x: Tensor) -> Tensor:
 def _inputs(
     x0_g: Tensor, z: Tensor, F_fake: Tensor, F_c: Tensor, F_u: Tensor | None, w: Scalar
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(x0_g, z, F_fake, F_real) upcast, F_real the guided teacher."""
+    """Return (x0_g, z, F_fake, F_real) upcast, F_real the guided teacher."""
     F_real = _upcast(F_c)
     if F_u is not None:
         F_real = guide(_upcast(F_u), F_real, _per_sample(w, F_real))
@@ -61,7 +64,11 @@ def dmd_loss(
         normalizer = _mean_per_sample((x0 - (a * z + b * F_real)).abs())
         grad = torch.nan_to_num(b * gap / normalizer)
         target = x0 - grad
-        metrics = {"dmd_grad_abs": grad.abs().mean(), "normalizer": normalizer.mean(), "score_gap": gap.abs().mean()}
+        metrics = {
+            "dmd_grad_abs": grad.abs().mean(),
+            "normalizer": normalizer.mean(),
+            "score_gap": gap.abs().mean(),
+        }
     square = (x0 - target).square()
     if mask is None:
         return 0.5 * square.mean(), metrics

@@ -104,8 +104,13 @@ def _dmd_reduce(
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _dmd_finish(part_ptr, b_ptr, s_b, b_value, loss_ptr, metrics_ptr, stats_ptr, B, n, chunks, CHUNKS: tl.constexpr):
-    """One program: loss, metrics [3], and stats [B + 1]: each sample's normaliser, then the elements that count."""
+def _dmd_finish(
+    part_ptr, b_ptr, s_b, b_value, loss_ptr, metrics_ptr, stats_ptr, B, n, chunks, CHUNKS: tl.constexpr
+):
+    """Write loss, metrics [3] and stats [B + 1] in one program.
+
+    The stats are each sample's normaliser, then the number of elements that count.
+    """
     loss, count, grad_abs, normalizer, gaps = 0.0, 0.0, 0.0, 0.0, 0.0
     for i in range(B):
         norm = sum_partials(part_ptr, 0, i, B, chunks, CHUNKS) / n
@@ -172,24 +177,25 @@ def _dmd_write(
     tl.store(grad_ptr + sample * n + o, tl.where(keep, grad, 0.0).to(grad_ptr.dtype.element_ty), mask=o < n)
 
 
-# ---------------------------------------------------------------------------------------------------------- the op
+# ----------------------------------------------------------------------------------------------------- the op
 
 _SCORES = "Tensor F_fake, Tensor F_c, Tensor? F_u"
 torch.library.define(
     "fastdmd::dmd_loss",
-    f"(Tensor x0_g, Tensor z, {_SCORES}, Tensor? a, Tensor? b, Tensor? w, float a_value, float b_value, float w_value,"
-    " Tensor? mask) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor x0_g, Tensor z, {_SCORES}, Tensor? a, Tensor? b, Tensor? w, float a_value, float b_value,"
+    " float w_value, Tensor? mask) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "fastdmd::dmd_loss_backward",
-    f"(Tensor upstream, Tensor stats, {_SCORES}, Tensor? b, Tensor? w, float b_value, float w_value, Tensor? mask,"
-    " ScalarType dtype) -> Tensor",
+    f"(Tensor upstream, Tensor stats, {_SCORES}, Tensor? b, Tensor? w, float b_value, float w_value,"
+    " Tensor? mask, ScalarType dtype) -> Tensor",
 )
 
 
 @torch.library.impl("fastdmd::dmd_loss", ("cuda", "cpu"))
 def _forward(x0_g, z, F_fake, F_c, F_u, a, b, w, a_value, b_value, w_value, mask):
-    B, (n, chunks, iters) = x0_g.shape[0], chunks_of(x0_g)
+    B = x0_g.shape[0]
+    n, chunks, iters = chunks_of(x0_g)
     part = x0_g.new_empty(6, B, chunks, dtype=torch.float32)
     loss, metrics, stats = _forward_fake(x0_g)
     b_args = scalar_args(b=(b, b_value))
@@ -276,7 +282,7 @@ def dmd_loss(
     w: Scalar,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Arguments checked by the caller for shapes, here for dtype and device.
+    """Compute `api.dmd_loss`, which has checked the shapes; dtypes and devices are checked here.
 
     Where x0_g is not finite the loss is NaN, as the reference's, and the gradient zero.
     """
@@ -288,7 +294,7 @@ def dmd_loss(
 
 
 def specs(target: str) -> Iterator[Spec]:
-    """With guidance; with and without a mask."""
+    """Yield the variants with guidance, with and without a mask."""
     kernels = (_dmd_reduce, _dmd_finish, _dmd_write)
     constants = {"BLOCK": BLOCK, "CHUNKS": CHUNKS, "WIDE": False}
     yield from specs_of("dmd_loss", kernels, {**constants, "mask_ptr": None})

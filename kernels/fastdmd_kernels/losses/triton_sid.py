@@ -86,7 +86,7 @@ def _sid_reduce(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _sid_finish(part_ptr, loss_ptr, metrics_ptr, stats_ptr, B, n, chunks, CHUNKS: tl.constexpr):
-    """One program: loss, metrics [2], and stats [B], each sample's normaliser."""
+    """Write loss, metrics [2] and stats [B], each sample's normaliser, in one program."""
     loss, normalizer, gaps = 0.0, 0.0, 0.0
     for i in range(B):
         norm = sum_partials(part_ptr, 0, i, B, chunks, CHUNKS) / n
@@ -158,7 +158,7 @@ def _sid_write(
         tl.store(dc_ptr + at, dreal.to(dc_ptr.dtype.element_ty), mask=inside)
 
 
-# ---------------------------------------------------------------------------------------------------------- the op
+# ----------------------------------------------------------------------------------------------------- the op
 
 _INPUTS = (
     "Tensor x0_g, Tensor z, Tensor F_fake, Tensor F_c, Tensor? F_u,"
@@ -173,7 +173,8 @@ torch.library.define(
 
 @torch.library.impl("fastdmd::sid_loss", ("cuda", "cpu"))
 def _forward(x0_g, z, F_fake, F_c, F_u, a, b, w, a_value, b_value, w_value, alpha):
-    B, (n, chunks, iters) = x0_g.shape[0], chunks_of(x0_g)
+    B = x0_g.shape[0]
+    n, chunks, iters = chunks_of(x0_g)
     part = x0_g.new_empty(3, B, chunks, dtype=torch.float32)
     loss, metrics, stats = _forward_fake(x0_g)
     with torch.cuda.device_of(x0_g):
@@ -231,7 +232,9 @@ def _backward(upstream, stats, x0_g, z, F_fake, F_c, F_u, a, b, w, a_value, b_va
 def _backward_fake(upstream, stats, x0_g, z, F_fake, F_c, F_u, *_):
     grads = [x.new_empty(x.shape) for x in (x0_g, z, F_fake, F_c)]
     # an op cannot return None for the F_u that was left out
-    return *grads, F_c.new_empty(0 if F_u is None else F_u.shape, dtype=F_c.dtype if F_u is None else F_u.dtype)
+    return *grads, F_c.new_empty(
+        0 if F_u is None else F_u.shape, dtype=F_c.dtype if F_u is None else F_u.dtype
+    )
 
 
 def _save(ctx, inputs, output):
@@ -259,7 +262,10 @@ def sid_loss(
     w: Scalar,
     alpha: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Arguments checked by the caller for shapes, here for dtype and device, and that a, b, w want no gradient."""
+    """Compute `api.sid_loss`, which has checked the shapes.
+
+    Dtypes and devices are checked here, and that a, b, w want no gradient.
+    """
     check(x0_g, z, F_fake, F_c, F_u)
     if any(isinstance(value, Tensor) and value.requires_grad for value in (a, b, w)):
         raise ValueError("a, b and w get no gradient: detach them")
@@ -269,6 +275,6 @@ def sid_loss(
 
 
 def specs(target: str) -> Iterator[Spec]:
-    """With guidance."""
+    """Yield the variants with guidance."""
     kernels = (_sid_reduce, _sid_finish, _sid_write)
     yield from specs_of("sid_loss", kernels, {"BLOCK": BLOCK, "CHUNKS": CHUNKS})

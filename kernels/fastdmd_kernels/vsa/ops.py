@@ -1,7 +1,7 @@
-"""The stages of video sparse attention as registered ops: torch.compile passes over them, autograd goes through them.
+"""The stages of video sparse attention as registered ops: each is one node of torch.compile and autograd.
 
-B batch, L tokens in tile order (Lq, Lk), N heads, K head dim, n tiles (nq, nk). The tensors of a geometry are arguments
-of an op (tiles.py makes them), so that a graph has them as inputs. Every output is contiguous.
+B batch, L tokens in tile order (Lq, Lk), N heads, K head dim, n tiles (nq, nk). The tensors of a geometry are
+arguments of an op (tiles.py makes them), so that a graph has them as inputs. Every output is contiguous.
 """
 
 from types import ModuleType
@@ -16,7 +16,7 @@ GPU_SLOTS = 64  # the kernels' blocks; no log-sum-exp has fewer slots either
 
 
 def pool(x: Tensor, tiles: Tiles) -> Tensor:
-    """Return the tile means of x [B, L, N, K] in float32 (float64 for float64), [B, N, n, K]; gradient to x."""
+    """Return the tile means of x [B, L, N, K], float32 (float64 for float64) [B, N, n, K]; gradient to x."""
     return torch.ops.fastdmd.vsa_pool(x, *tiles.on(x.device)[:3], True)
 
 
@@ -28,7 +28,8 @@ def spread(x: Tensor, tiles: Tiles, dtype: torch.dtype) -> Tensor:
 def select(q_c: Tensor, k_c: Tensor, k_tiles: Tiles, topk: int) -> Tensor:
     """Choose the topk key tiles of highest q_c k_c^T per query tile, ties to the lowest index.
 
-    q_c [B, N, nq, K], k_c [B, N, nk, K], float32 -> int32 [B, N, nq, topk], ascending: (row_start << 7) | n_valid.
+    q_c [B, N, nq, K], k_c [B, N, nk, K], float32 -> int32 [B, N, nq, topk], ascending: (row_start << 7) |
+    n_valid.
     """
     geometry = k_tiles.on(k_c.device)
     return torch.ops.fastdmd.vsa_select(q_c, k_c, geometry.row_start, geometry.n_valid, topk)
@@ -55,9 +56,9 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# ------------------------------------------------------------------------------------------------------ pool, spread
-# The transpose of a mean over tiles is a spread of shares, and that of a spread is a sum: two ops, each the other's
-# backward.
+# ----------------------------------------------------------------------------------------------- pool, spread
+# The transpose of a mean over tiles is a spread of shares, and that of a spread is a sum: two ops, each the
+# other's backward.
 
 
 def _pool(x: Tensor, row_start: Tensor, n_valid: Tensor, tile_of_row: Tensor, mean: bool) -> Tensor:
@@ -110,7 +111,7 @@ def _spread_backward(ctx, dout: Tensor):
     return dx.to(ctx.dtype), None, None, None, None, None
 
 
-# ------------------------------------------------------------------------------------------------------------ select
+# ----------------------------------------------------------------------------------------------------- select
 
 
 def _select(q_c: Tensor, k_c: Tensor, row_start_k: Tensor, n_valid_k: Tensor, topk: int) -> Tensor:
@@ -121,7 +122,7 @@ def _select_fake(q_c: Tensor, k_c: Tensor, row_start_k: Tensor, n_valid_k: Tenso
     return q_c.new_empty(*q_c.shape[:3], topk, dtype=torch.int32)
 
 
-# -------------------------------------------------------------------------------------------------------------- fine
+# ------------------------------------------------------------------------------------------------------- fine
 
 
 def _fine(
@@ -200,7 +201,7 @@ def _fine_gradients_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-# ------------------------------------------------------------------------------------------------------ registration
+# ----------------------------------------------------------------------------------------------- registration
 
 _TILES = "Tensor row_start, Tensor n_valid, Tensor tile_of_row"
 _PAIR = "Tensor row_start_q, Tensor n_valid_q, Tensor row_start_k, Tensor n_valid_k"

@@ -1,4 +1,4 @@
-"""The definition of video sparse attention (VSA, arXiv 2505.13389): a dense masked attention in plain PyTorch.
+"""The definition of video sparse attention (VSA, arXiv 2505.13389), a dense masked attention in PyTorch.
 
 B batch, L tokens in tile order (Lq, Lk), N heads, K head dim, n tiles (nq, nk); the equations are in api.py.
 """
@@ -24,10 +24,10 @@ def vsa_reference(
     topk: int,
     lists: Tensor | None = None,
 ) -> Tensor:
-    """The definition of `video_sparse_attention`: a dense masked attention in plain PyTorch, any dtype, slow.
+    """Define `video_sparse_attention`: a dense masked attention in plain PyTorch, any dtype, slow.
 
-    `lists`, int32 [B, N, nq, topk] as the op makes them, overrides the choice: two sides that round differently may
-    choose differently, and one tile of 24 changed an output by 20 %.
+    `lists`, int32 [B, N, nq, topk] as the op makes them, overrides the choice: two sides that round
+    differently may choose differently, and one tile of 24 changed an output by 20 %.
     """
     q_tiles, k_tiles = pair(tiles)
     check(q, k, v, gate, q_tiles, k_tiles, topk)
@@ -35,7 +35,7 @@ def vsa_reference(
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, N, L, K]
 
     def mean(x: Tensor, of: Tiles) -> Tensor:
-        """[B, N, L, K] -> [B, N, n, K]"""
+        """Average x [B, N, L, K] over tiles, [B, N, n, K]."""
         x = x if x.dtype == torch.float64 else x.float()
         return torch.stack([tile.mean(2) for tile in x.split(of.on(x.device).n_valid.tolist(), dim=2)], dim=2)
 
@@ -55,20 +55,34 @@ def vsa_reference(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
-    """Attend densely over the pairs that `keep` [B, N, Lq, Lk] allows, q, k, v [B, N, L, K] -> [B, N, Lq, K]."""
+    """Attend densely over the pairs that `keep` [B, N, Lq, Lk] allows.
+
+    q [B, N, Lq, K], k, v [B, N, Lk, K] -> [B, N, Lq, K].
+    """
     scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~keep, -math.inf)
     return torch.softmax(scores, dim=-1) @ v
 
 
 def pair(tiles: TilesOrPair) -> tuple[Tiles, Tiles]:
+    """Return the geometries (of queries, of keys)."""
     return (tiles, tiles) if isinstance(tiles, Tiles) else tiles
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, q_tiles: Tiles, k_tiles: Tiles, topk: int) -> None:
+def check(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, q_tiles: Tiles, k_tiles: Tiles, topk: int
+) -> None:
+    """Raise ValueError, with the shapes, for what the op cannot do."""
+
     def refuse(why: str) -> ValueError:
         return ValueError(f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}: {why}")
 
-    if q.ndim != 4 or k.ndim != 4 or v.shape != k.shape or k.shape[0] != q.shape[0] or k.shape[2:] != q.shape[2:]:
+    if (
+        q.ndim != 4
+        or k.ndim != 4
+        or v.shape != k.shape
+        or k.shape[0] != q.shape[0]
+        or k.shape[2:] != q.shape[2:]
+    ):
         raise refuse("needed are q [B, Lq, N, K], k and v [B, Lk, N, K]")
     if min(q.shape) < 1:
         raise refuse("nothing to attend to")

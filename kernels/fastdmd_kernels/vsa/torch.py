@@ -1,10 +1,11 @@
 """Stages of video sparse attention on CPU and MPS: tokens are gathered, so memory and work scale with topk.
 
-B batch, L tokens in tile order, N heads, K head dim, n tiles (nq of queries, nk of keys), w the most tokens in a tile.
-All arithmetic is at least float32. A unit is a query tile of one head of one sample; units are worked off in chunks.
+B batch, L tokens in tile order, N heads, K head dim, n tiles (nq of queries, nk of keys), w the most tokens
+in a tile. All arithmetic is at least float32. A unit is a query tile of one head of one sample; units are
+worked off in chunks.
 
-Rows of q, k, v are kept per head with one zero row behind them, [B*N*L + 1, K]: slots that hold no token read from it
-and write to it, so ragged tiles need no other path than whole ones.
+Rows of q, k, v are kept per head with one zero row behind them, [B*N*L + 1, K]: slots that hold no token read
+from it and write to it, so ragged tiles need no other path than whole ones.
 """
 
 import math
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from fastdmd_kernels.tiles import N_VALID_BITS
 
-# what one chunk may hold in gathered keys and values, their gradients and scores; at least one unit. 8,192 tokens, topk
-# 16 of 128, K = 64, N = 2, one thread of an EPYC: forward + backward in 413, 364 and 441 ms with 1, 4 and 32 MiB
+# what one chunk may hold in gathered keys and values, their gradients and scores; at least one unit. 8,192
+# tokens, topk 16 of 128, K = 64, N = 2, one thread of an EPYC: forward + backward in 413, 364 and 441 ms with
+# 1, 4 and 32 MiB
 CHUNK_BYTES = 4 << 20
 
 EMPTY = 1e30  # log-sum-exp of a slot without a token: the backward's exp2(score - EMPTY) is 0
@@ -29,7 +31,10 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def pool(x: Tensor, row_start: Tensor, n_valid: Tensor) -> Tensor:
-    """Tile means of x [B, L, N, K] -> float32 [B, N, n, K]; 0 for a tile without tokens."""
+    """Return the tile means of x [B, L, N, K], float32 [B, N, n, K].
+
+    A tile without tokens has the mean 0.
+    """
     n, w = len(n_valid), int(n_valid.max())
     acc = accumulate_dtype(x.dtype)
     if x.shape[1] == n * w:
@@ -44,15 +49,17 @@ def pool(x: Tensor, row_start: Tensor, n_valid: Tensor) -> Tensor:
 
 
 def select(q_c: Tensor, k_c: Tensor, row_start_k: Tensor, n_valid_k: Tensor, topk: int) -> Tensor:
-    """The topk key tiles of each query tile by q_c k_c^T / sqrt(K), ties to the lowest index.
+    """Choose the topk key tiles of each query tile by q_c k_c^T / sqrt(K), ties to the lowest index.
 
-    q_c [B, N, nq, K], k_c [B, N, nk, K] -> int32 [B, N, nq, topk], ascending, (row_start << 7) | n_valid of the tile.
+    q_c [B, N, nq, K], k_c [B, N, nk, K] -> int32 [B, N, nq, topk], ascending, (row_start << 7) | n_valid of
+    the tile.
     """
     B, N, nq, K = q_c.shape
     nk = k_c.shape[2]
     words = (row_start_k << N_VALID_BITS) | n_valid_k
     lists = torch.empty(B * N, nq, topk, dtype=torch.int32, device=q_c.device)
-    heads = max(1, CHUNK_BYTES // (nq * nk * 16))  # a score, and what sort makes of it: a value and an int64 index
+    # 16 bytes: a score, and what sort makes of it, a value and an int64 index
+    heads = max(1, CHUNK_BYTES // (nq * nk * 16))
     for i in range(0, B * N, heads):
         q_i, k_i = q_c.flatten(0, 1)[i : i + heads], k_c.flatten(0, 1)[i : i + heads]
         # not topk: it promises nothing about ties
@@ -62,7 +69,7 @@ def select(q_c: Tensor, k_c: Tensor, row_start_k: Tensor, n_valid_k: Tensor, top
 
 
 def _head_rows(x: Tensor) -> Tensor:
-    """[B, L, N, K] -> [B*N*L + 1, K] in float32 or float64, the last row zero."""
+    """Copy [B, L, N, K] to [B*N*L + 1, K] in float32 or float64, the last row zero."""
     B, L, N, K = x.shape
     rows = torch.empty(B * N * L + 1, K, dtype=accumulate_dtype(x.dtype), device=x.device)
     rows[:-1].view(B, N, L, K).copy_(x.transpose(1, 2))
@@ -71,14 +78,14 @@ def _head_rows(x: Tensor) -> Tensor:
 
 
 def _from_head_rows(rows: Tensor, like: Tensor) -> Tensor:
-    """The inverse: contiguous [B, L, N, K] in the dtype of `like`."""
+    """Undo `_head_rows`: contiguous [B, L, N, K] in the dtype of `like`."""
     B, L, N, K = like.shape
     out = torch.empty(B, L, N, K, dtype=like.dtype, device=like.device)
     return out.copy_(rows[:-1].view(B, N, L, K).transpose(1, 2))
 
 
 class _Chunk(NamedTuple):
-    """u units: their rows of q, and the rows of the keys that they see."""
+    """Hold u units: their rows of q, and the rows of the keys that they see."""
 
     units: slice  # of the B * N * nq
     q_rows: Tensor  # int64 [u * w], B*N*Lq where there is no token
@@ -90,7 +97,8 @@ def _chunks(
     lists: Tensor, row_start_q: Tensor, n_valid_q: Tensor, Lq: int, Lk: int, unit_bytes: int
 ) -> Iterator[_Chunk]:
     B, N, nq, _ = lists.shape
-    slot_q, slot_k, ragged_k = _slots(n_valid_q), *_key_slots(lists)
+    slot_q = _slots(n_valid_q)
+    slot_k, ragged_k = _key_slots(lists)
     step = max(1, CHUNK_BYTES // unit_bytes)
     for start in range(0, B * N * nq, step):
         units = slice(start, min(start + step, B * N * nq))
@@ -113,14 +121,14 @@ def _slots(n_valid: Tensor) -> Tensor:
 
 
 def _key_slots(lists: Tensor) -> tuple[Tensor, bool]:
-    """The slots of the fullest chosen key tile, and whether some hold no token."""
+    """Return the slots of the fullest chosen key tile, and whether some hold no token."""
     n_valid = lists & (1 << N_VALID_BITS) - 1
     slots = _slots(n_valid)
     return slots, bool(n_valid.min() < len(slots))
 
 
 def _scores(q: Tensor, k: Tensor, pad: Tensor | None) -> Tensor:
-    """Base-2 scores [u, w, keys] of q, scaled already, -inf where there is no key."""
+    """Return base-2 scores [u, w, keys] of q, which is scaled already; -inf where there is no key."""
     scores = q @ k.mT
     return scores if pad is None else scores.masked_fill_(pad, -math.inf)
 
@@ -128,13 +136,16 @@ def _scores(q: Tensor, k: Tensor, pad: Tensor | None) -> Tensor:
 def fine_fwd(
     q: Tensor, k: Tensor, v: Tensor, lists: Tensor, row_start_q: Tensor, n_valid_q: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Attention of each tile's queries over the keys of its list.
+    """Attend from each tile's queries to the keys of its list.
 
-    q [B, Lq, N, K], k, v [B, Lk, N, K], any strides; lists int32 [B, N, nq, topk]
-    -> out [B, Lq, N, K] contiguous, log-sum-exp [B, N, nq, max(64, w)], base 2, 1e30 in slots without a token.
+    q [B, Lq, N, K], k, v [B, Lk, N, K], any strides; lists int32 [B, N, nq, topk] -> out [B, Lq, N, K]
+    contiguous, log-sum-exp [B, N, nq, max(64, w)], base 2, 1e30 in slots without a token.
     """
-    (B, Lq, N, K), Lk, nq, topk = q.shape, k.shape[1], *lists.shape[2:]
-    q_h, k_h, v_h = _head_rows(q).mul_(K**-0.5 * math.log2(math.e)), _head_rows(k), _head_rows(v)
+    B, Lq, N, K = q.shape
+    Lk = k.shape[1]
+    nq, topk = lists.shape[2:]
+    q_h = _head_rows(q).mul_(K**-0.5 * math.log2(math.e))
+    k_h, v_h = _head_rows(k), _head_rows(v)
     w, w_k = len(_slots(n_valid_q)), len(_key_slots(lists)[0])
     out = torch.empty_like(q_h)
     lse = torch.full((B * N * nq, max(LSE_SLOTS, w)), EMPTY, dtype=q_h.dtype, device=q.device)
@@ -165,12 +176,19 @@ def fine_bwd(
     row_start_k: Tensor,
     n_valid_k: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients (dq, dk, dv) of `fine_fwd`, contiguous. Keys' gradients are added unit by unit, in order."""
-    (B, Lq, N, K), Lk, nq, topk = q.shape, k.shape[1], *lists.shape[2:]
+    """Return the gradients (dq, dk, dv) of `fine_fwd`, contiguous.
+
+    The gradients of keys are added unit by unit, in order.
+    """
+    B, Lq, N, K = q.shape
+    Lk = k.shape[1]
+    nq, topk = lists.shape[2:]
     scale = K**-0.5 * math.log2(math.e)
-    q_h, k_h, v_h, do_h = _head_rows(q).mul_(scale), _head_rows(k), _head_rows(v), _head_rows(dout)
+    q_h = _head_rows(q).mul_(scale)
+    k_h, v_h, do_h = (_head_rows(x) for x in (k, v, dout))
     delta_h = (do_h * _head_rows(out)).sum(-1)
-    dq, dk, dv = torch.empty_like(q_h), torch.zeros_like(k_h), torch.zeros_like(v_h)
+    dq = torch.empty_like(q_h)
+    dk, dv = torch.zeros_like(k_h), torch.zeros_like(v_h)
     w, w_k = len(_slots(n_valid_q)), len(_key_slots(lists)[0])
     lse = lse.view(B * N * nq, -1, 1)
     unit_bytes = q_h.element_size() * topk * w_k * (4 * K + 2 * w)
@@ -179,10 +197,12 @@ def fine_bwd(
         q_u, do_u = (x.index_select(0, q_rows).view(u, w, K) for x in (q_h, do_h))
         k_u, v_u = (x.index_select(0, k_rows).view(u, topk * w_k, K) for x in (k_h, v_h))
         p = _scores(q_u, k_u, pad).sub_(lse[units, :w]).exp2_()
-        # rows sum to 1 but for the rounding of lse, which is large where scores are: put right in what p multiplies
+        # rows sum to 1 but for the rounding of lse, which is large where scores are: put right in what p
+        # multiplies
         total = p.sum(-1, keepdim=True)
         share = torch.where(total > 0, 1 / total, 0)
-        do_u, delta_u = do_u.mul_(share), delta_h[q_rows].view(u, w, 1) * share
+        do_u = do_u.mul_(share)
+        delta_u = delta_h[q_rows].view(u, w, 1) * share
         dv.index_add_(0, k_rows, (p.mT @ do_u).view(-1, K))
         ds = (do_u @ v_u.mT).sub_(delta_u).mul_(p)
         dq.index_copy_(0, q_rows, (ds @ k_u).view(-1, K))

@@ -1,8 +1,9 @@
 """Fine stage of video sparse attention, backward (VSA, arXiv 2505.13389).
 
-B batch, L tokens in tile order, N heads, K head dim, nq query tiles, nk key tiles. Two kernels and no atomics, so that
-two runs agree bit for bit: dq walks each query tile's list and first writes delta = rowsum(dO * O); dk and dv walk the
-inverse lists. Seven products instead of five, but the fused kernel spills at one CTA per SM and its sums have no order.
+B batch, L tokens in tile order, N heads, K head dim, nq query tiles, nk key tiles. Two kernels and no
+atomics, so that two runs agree bit for bit: dq walks each query tile's list and first writes delta =
+rowsum(dO * O); dk and dv walk the inverse lists. Seven products instead of five, but the fused kernel spills
+at one CTA per SM and its sums have no order.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false
@@ -83,8 +84,8 @@ def _vsa_bwd_dq(
     delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)
     delta = tl.where(o_m < n_valid, delta, 0.0)
     tl.store(delta_ptr + o_list * BLOCK + part + o_m, delta)
-    # Read back: otherwise the sum is laid out as the loop wants it, whole rows in a thread's registers (float32 on
-    # sm_90: 3,336 bytes of spills, and none so).
+    # Read back: otherwise the sum is laid out as the loop wants it, whole rows in a thread's registers
+    # (float32 on sm_90: 3,336 bytes of spills, and none so).
     tl.debug_barrier()
     delta = tl.load(delta_ptr + o_list * BLOCK + part + o_m)
 
@@ -108,8 +109,8 @@ def _vsa_bwd_dq(
         ds = p * (dp - delta[:, None])
         b_dq = tl.dot(ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
     if EXACT:
-        # Rows sum to 1 but for the rounding of lse, which is that of the scores: at input scale 4 it is most of the
-        # error of dv. 16 bits round p itself by far more.
+        # Rows sum to 1 but for the rounding of lse, which is that of the scores: at input scale 4 it is most
+        # of the error of dv. 16 bits round p itself by far more.
         share = tl.where(total > 0, 1 / tl.maximum(total, 1e-30), 0.0)
         tl.store(share_ptr + o_list * BLOCK + part + o_m, share)
         b_dq = b_dq * share[:, None]
@@ -184,11 +185,12 @@ def _vsa_bwd_dkdv(
         b_delta = load_stat(delta, o_head * nq + tile_q, BLOCK, USE_DESC)
         if EXACT:
             b_share = load_stat(share_ptr, o_head * nq + tile_q, BLOCK, False)
-        # both one iteration ahead; a row looked up by its tile here ends the pipelining (sm_90: 64 KB, one buffer)
+        # both one iteration ahead; a row looked up by its tile here ends the pipelining (sm_90: 64 KB, one
+        # buffer)
         tile_q = tl.load(list_ptr + tl.minimum(j + 1, last))
         row_q = tl.load(list_row_ptr + tl.minimum(j + 1, last))
-        # No masks: in the columns of pad queries p is 0 by lse = 1e30, the rows of pad keys are not stored. This order
-        # of products, dp after dv, spills least.
+        # No masks: in the columns of pad queries p is 0 by lse = 1e30, the rows of pad keys are not stored.
+        # This order of products, dp after dv, spills least.
         s = tl.dot(b_k, b_q.T, input_precision=PRECISION)
         p = tl.math.exp2(s * (scale * 1.4426950408889634) - b_lse[None, :])
         if EXACT:
@@ -214,79 +216,115 @@ def fine_bwd(
     row_start_k: Tensor,
     n_valid_k: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) of `fine_fwd`, from its `out` and `lse`; contiguous, in the dtype of q."""
+    """Return (dq, dk, dv) of `fine_fwd`, from its `out` and `lse`.
+
+    They are contiguous, in the dtype of q.
+    """
     if dout.stride(-1) != 1:  # an expanded scalar, as of out.sum()
         dout = dout.contiguous()
     check_tokens(dout=dout, q=q, k=k, v=v, out=out)
-    B, Lq, N, K = q.shape
-    Lk = k.shape[1]
     if dout.shape != q.shape or dout.dtype != q.dtype or out.shape != q.shape or not out.is_contiguous():
-        raise ValueError(f"dout {list(dout.shape)} {dout.dtype}, out {list(out.shape)}, q {list(q.shape)} {q.dtype}")
-    nq, topk = lists.shape[2:]
-    nk = row_start_k.shape[0]
-    scale = K**-0.5
-    delta = torch.empty_like(lse)
-    dq = torch.empty(B, Lq, N, K, dtype=q.dtype, device=q.device)
-    dk = torch.empty(B, Lk, N, K, dtype=q.dtype, device=q.device)
-    dv = torch.empty(B, Lk, N, K, dtype=q.dtype, device=q.device)
+        raise ValueError(
+            f"dout {list(dout.shape)} {dout.dtype}, out {list(out.shape)}, q {list(q.shape)} {q.dtype}"
+        )
+    tokens = (dout, q, k, v)
+    dq, delta, share = _queries(tokens, out, lse, lists, row_start_q, n_valid_q)
+    offsets, entries = invert(lists, row_start_k, len(row_start_q))
+    inverse = (offsets, entries, row_start_q.index_select(0, entries.flatten()))
+    dk, dv = _keys(tokens, (lse, delta, share), inverse, row_start_k, n_valid_k)
+    return dq, dk, dv
 
-    target = device_target(q.device)
-    if not all(map(can_describe, (dout, q, k, v))):
-        target = POINTERS
-    strides = [s for x in (dout, q, k, v) for s in x.stride()[:3]]
-    constexprs, options = config("vsa_bwd_dq", target, NAMES[q.dtype], K)
-    share = torch.empty_like(lse) if constexprs["EXACT"] else delta  # or unused
-    tokens = [describe(x) if constexprs["USE_DESC"] else x for x in (dout, q, k, v)]
+
+def _target(tokens: tuple[Tensor, ...]) -> str:
+    return device_target(tokens[0].device) if all(map(can_describe, tokens)) else POINTERS
+
+
+def _strides(tokens: tuple[Tensor, ...]) -> list[int]:
+    return [s for x in tokens for s in x.stride()[:3]]
+
+
+def _queries(
+    tokens: tuple[Tensor, Tensor, Tensor, Tensor],
+    out: Tensor,
+    lse: Tensor,
+    lists: Tensor,
+    row_start: Tensor,
+    n_valid: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (dq, delta, share) for tokens (dout, q, k, v); share is unused memory where p is not EXACT."""
+    _, q, k, _ = tokens
+    B, L, N, K = q.shape
+    nq, topk = lists.shape[2:]
+    delta = torch.empty_like(lse)
+    dq = torch.empty(B, L, N, K, dtype=q.dtype, device=q.device)
+    constexprs, options = config("vsa_bwd_dq", _target(tokens), NAMES[q.dtype], K)
+    share = torch.empty_like(lse) if constexprs["EXACT"] else delta
     _vsa_bwd_dq[(nq * BLOCK // constexprs["ROWS"], N, B)](
-        *tokens,
+        *(describe(x) if constexprs["USE_DESC"] else x for x in tokens),
         out,
         lse,
         delta,
         share,
         dq,
         lists,
-        row_start_q,
-        n_valid_q,
-        *strides,
-        Lq,
-        Lk,
+        row_start,
+        n_valid,
+        *_strides(tokens),
+        L,
+        k.shape[1],
         topk,
-        scale,
+        K**-0.5,
         BLOCK=BLOCK,
         K=K,
         **constexprs,
         **options,
     )
+    return dq, delta, share
 
-    offsets, entries = invert(lists, row_start_k, nq)
+
+def _keys(
+    tokens: tuple[Tensor, Tensor, Tensor, Tensor],
+    statistics: tuple[Tensor, Tensor, Tensor],
+    inverse: tuple[Tensor, Tensor, Tensor],
+    row_start: Tensor,
+    n_valid: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return (dk, dv) for tokens (dout, q, k, v), statistics (lse, delta, share) and the inverse lists.
+
+    The inverse lists are offsets, entries and the first row of each entry.
+    """
+    _, q, k, _ = tokens
+    lse, delta, share = statistics
+    offsets, entries, entry_rows = inverse
+    B, L, N, K = k.shape
+    dk = torch.empty(B, L, N, K, dtype=q.dtype, device=q.device)
+    dv = torch.empty(B, L, N, K, dtype=q.dtype, device=q.device)
     order = offsets.diff().argsort(dim=-1, descending=True, stable=True).to(torch.int32)
-    constexprs, options = config("vsa_bwd_dkdv", target, NAMES[q.dtype], K)
-    tokens = [describe(x) if constexprs["USE_DESC"] else x for x in (dout, q, k, v)]
-    stats = [describe_stat(x) if constexprs["USE_DESC"] else x for x in (lse, delta)]
-    _vsa_bwd_dkdv[(nk * BLOCK // constexprs["ROWS"], N, B)](
-        *tokens,
-        *stats,
+    constexprs, options = config("vsa_bwd_dkdv", _target(tokens), NAMES[q.dtype], K)
+    _vsa_bwd_dkdv[(len(row_start) * BLOCK // constexprs["ROWS"], N, B)](
+        *(describe(x) if constexprs["USE_DESC"] else x for x in tokens),
+        *(describe_stat(x) if constexprs["USE_DESC"] else x for x in (lse, delta)),
         share,
         dk,
         dv,
         order,
         offsets,
         entries,
-        row_start_q.index_select(0, entries.flatten()),
-        row_start_k,
-        n_valid_k,
-        *strides,
-        Lq,
-        Lk,
-        nq,
-        nq * topk,
-        scale,
+        entry_rows,
+        row_start,
+        n_valid,
+        *_strides(tokens),
+        q.shape[1],
+        L,
+        lse.shape[2],
+        entries.shape[2],
+        K**-0.5,
         BLOCK=BLOCK,
         K=K,
         **constexprs,
         **options,
     )
-    return dq, dk, dv
+    return dk, dv
 
 
 def specs(target: str) -> Iterator[Spec]:
@@ -304,7 +342,9 @@ def specs(target: str) -> Iterator[Spec]:
             for op, kernel in (("vsa_bwd_dq", _vsa_bwd_dq), ("vsa_bwd_dkdv", _vsa_bwd_dkdv)):
                 constexprs, options = config(op, target, dtype, K)
                 desc = constexprs["USE_DESC"]
-                types = dict.fromkeys(pointers, "*i32") | dict.fromkeys(("Lq", "Lk", "nq", "topk", "capacity"), "i32")
+                types = dict.fromkeys(pointers, "*i32") | dict.fromkeys(
+                    ("Lq", "Lk", "nq", "topk", "capacity"), "i32"
+                )
                 types |= dict.fromkeys(("lse_ptr", "delta_ptr", "share_ptr"), "*fp32") | {"scale": "fp32"}
                 types |= dict.fromkeys(("out_ptr", "dq_ptr", "dk_ptr", "dv_ptr"), f"*{dtype}")
                 types |= {name: token_type(dtype, K, desc) for name in ("do", "q", "k", "v")}

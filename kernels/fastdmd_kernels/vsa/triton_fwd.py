@@ -1,8 +1,8 @@
 """Fine stage of video sparse attention, forward (VSA, arXiv 2505.13389).
 
-B batch, L tokens in tile order, N heads, K head dim, nq query tiles of at most 64 rows; lists [B, N, nq, topk] of
-packed key tiles (row_start << 7) | n_valid. One program per query tile and head, query tile fastest: programs that run
-together sweep the keys of one head together, through L2.
+B batch, L tokens in tile order, N heads, K head dim, nq query tiles of at most 64 rows; lists [B, N, nq,
+topk] of packed key tiles (row_start << 7) | n_valid. One program per query tile and head, query tile fastest:
+programs that run together sweep the keys of one head together, through L2.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false
@@ -100,11 +100,16 @@ def _vsa_fwd(
 def fine_fwd(
     q: Tensor, k: Tensor, v: Tensor, lists: Tensor, row_start_q: Tensor, n_valid_q: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(out [B, Lq, N, K], lse float32 [B, N, nq, 64] to base 2, 1e30 in pad slots) of queries over their lists."""
+    """Attend from the queries to the keys of their lists.
+
+    Returns (out [B, Lq, N, K], lse float32 [B, N, nq, 64] to base 2, 1e30 in pad slots).
+    """
     check_tokens(q=q, k=k, v=v)
     B, L, N, K = q.shape
     if k.shape != v.shape or (k.shape[0], *k.shape[2:]) != (B, N, K) or not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q {list(q.shape)} {q.dtype}, k {list(k.shape)} {k.dtype}, v {list(v.shape)} {v.dtype}")
+        raise ValueError(
+            f"q {list(q.shape)} {q.dtype}, k {list(k.shape)} {k.dtype}, v {list(v.shape)} {v.dtype}"
+        )
     nq, topk = lists.shape[2:]
     out = torch.empty(B, L, N, K, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, N, nq, BLOCK, dtype=torch.float32, device=q.device)
@@ -139,7 +144,9 @@ def specs(target: str) -> Iterator[Spec]:
             types = {name: token_type(dtype, K, constexprs["USE_DESC"]) for name in "qkv"}
             types |= {"out_ptr": f"*{dtype}", "lse_ptr": "*fp32", "scale": "fp32"}
             types |= dict.fromkeys(("lists_ptr", "row_start_ptr", "n_valid_ptr"), "*i32")
-            types |= dict.fromkeys(("Lq", "Lk", "topk"), "i32") | {f"s_{x}{dim}": "i32" for x in "qkv" for dim in "bln"}
+            types |= dict.fromkeys(("Lq", "Lk", "topk"), "i32") | {
+                f"s_{x}{dim}": "i32" for x in "qkv" for dim in "bln"
+            }
             yield Spec(
                 op="vsa_fwd",
                 kernel=_vsa_fwd,

@@ -1,7 +1,8 @@
-"""Which query tiles chose each key tile: the lists of `vsa_select`, inverted, for the backward of keys and values.
+"""Which query tiles chose each key tile: the lists of `vsa_select` inverted, for dk and dv.
 
-B batch, N heads, nq query tiles, nk key tiles. One bit per pair (1/32 of an int32 map) and one count per key tile, by
-integer atomics: or and add give the same whatever their order. Then each key tile writes the positions of its bits.
+B batch, N heads, nq query tiles, nk key tiles. One bit per pair (1/32 of an int32 map) and one count per key
+tile, by integer atomics: or and add give the same whatever their order. Then each key tile writes the
+positions of its bits.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false
@@ -22,9 +23,17 @@ LIST_BLOCK = 128  # entries of a list at a time
 
 @triton.jit
 def _vsa_mark(
-    lists_ptr, row_start_ptr, bits_ptr, counts_ptr, nk, words, topk, STEPS: tl.constexpr, LIST_BLOCK: tl.constexpr
+    lists_ptr,
+    row_start_ptr,
+    bits_ptr,
+    counts_ptr,
+    nk,
+    words,
+    topk,
+    STEPS: tl.constexpr,
+    LIST_BLOCK: tl.constexpr,
 ):
-    """Sets bit `tile` of each key tile in a query tile's list, and counts it at counts[key tile + 1]."""
+    """Set bit `tile` of each key tile in a query tile's list, and count it at counts[key tile + 1]."""
     tile, o_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     nq = tl.num_programs(0)
     list_ptr = lists_ptr + (o_head * nq + tile) * topk
@@ -52,7 +61,7 @@ def _vsa_mark(
 
 @triton.jit
 def _vsa_fill(bits_ptr, offsets_ptr, entries_ptr, words, capacity, WORDS: tl.constexpr):
-    """The set bits of one key tile, ascending, from its offset on."""
+    """Write the set bits of one key tile, ascending, from its offset on."""
     tile, o_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     nk = tl.num_programs(0)
     o_q = tl.arange(0, WORDS * 32)
@@ -63,9 +72,10 @@ def _vsa_fill(bits_ptr, offsets_ptr, entries_ptr, words, capacity, WORDS: tl.con
 
 
 def invert(lists: Tensor, row_start_k: Tensor, nq: int) -> tuple[Tensor, Tensor]:
-    """(offsets int32 [B, N, nk + 1], entries int32 [B, N, nq * topk]): key tile i was chosen by the query tiles
-    entries[offsets[i] : offsets[i + 1]], ascending. `row_start_k` ascends. Tiles without rows get no entries, so that
-    the end of `entries` may be unused, then 0.
+    """Return (offsets int32 [B, N, nk + 1], entries int32 [B, N, nq * topk]).
+
+    Key tile i was chosen by the query tiles entries[offsets[i] : offsets[i + 1]], ascending. `row_start_k`
+    ascends. Tiles without rows get no entries, so that the end of `entries` may be unused, then 0.
     """
     B, N, _, topk = lists.shape
     if lists.shape[2] != nq:
@@ -77,15 +87,26 @@ def invert(lists: Tensor, row_start_k: Tensor, nq: int) -> tuple[Tensor, Tensor]
     entries = torch.zeros(B, N, nq * topk, dtype=torch.int32, device=lists.device)
     _, options = config("vsa_invert", device_target(lists.device), "fp32", 64)
     _vsa_mark[(nq, B * N)](
-        lists, row_start_k, bits, counts, nk, words, topk, STEPS=nk.bit_length(), LIST_BLOCK=LIST_BLOCK, **options
+        lists,
+        row_start_k,
+        bits,
+        counts,
+        nk,
+        words,
+        topk,
+        STEPS=nk.bit_length(),
+        LIST_BLOCK=LIST_BLOCK,
+        **options,
     )
     offsets = counts.cumsum(-1, dtype=torch.int32)
-    _vsa_fill[(nk, B * N)](bits, offsets, entries, words, nq * topk, WORDS=triton.next_power_of_2(words), **options)
+    _vsa_fill[(nk, B * N)](
+        bits, offsets, entries, words, nq * topk, WORDS=triton.next_power_of_2(words), **options
+    )
     return offsets, entries
 
 
 def specs(target: str) -> Iterator[Spec]:
-    """For 1,025 to 2,047 tiles, as at 720p."""
+    """Yield the variants for 1,025 to 2,047 tiles, as at 720p."""
     _, options = config("vsa_invert", target, "fp32", 64)
     pointers = ("lists_ptr", "row_start_ptr", "bits_ptr", "counts_ptr", "offsets_ptr", "entries_ptr")
     types = dict.fromkeys(pointers, "*i32") | dict.fromkeys(("nk", "words", "topk", "capacity"), "i32")

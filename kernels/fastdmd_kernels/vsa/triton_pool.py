@@ -1,7 +1,7 @@
 """Means of the tiles, for the coarse stage of video sparse attention (VSA, arXiv 2505.13389).
 
-B batch, L tokens in tile order, N heads, K head dim, n tiles. Bound by memory: it reads x once. Heads are the fastest
-axis of the grid, since they are neighbours in memory.
+B batch, L tokens in tile order, N heads, K head dim, n tiles. Bound by memory: it reads x once. Heads are the
+fastest axis of the grid, since they are neighbours in memory.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false
@@ -20,7 +20,9 @@ from fastdmd_kernels.vsa.triton_tokens import BLOCK, NAMES, check_tokens, load_t
 
 
 @triton.jit
-def _vsa_pool(x_ptr, mean_ptr, row_start_ptr, n_valid_ptr, s_b, s_l, s_n, BLOCK: tl.constexpr, K: tl.constexpr):
+def _vsa_pool(
+    x_ptr, mean_ptr, row_start_ptr, n_valid_ptr, s_b, s_l, s_n, BLOCK: tl.constexpr, K: tl.constexpr
+):
     h, tile, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     N, n = tl.num_programs(0), tl.num_programs(1)
     row, n_valid = tl.load(row_start_ptr + tile), tl.load(n_valid_ptr + tile)
@@ -31,7 +33,10 @@ def _vsa_pool(x_ptr, mean_ptr, row_start_ptr, n_valid_ptr, s_b, s_l, s_n, BLOCK:
 
 
 def pool(x: Tensor, row_start: Tensor, n_valid: Tensor) -> Tensor:
-    """Mean of each tile's valid rows, x [B, L, N, K] -> float32 [B, N, n, K]; 0 for a tile without rows."""
+    """Return the mean of each tile's valid rows, x [B, L, N, K] -> float32 [B, N, n, K].
+
+    A tile without rows has the mean 0.
+    """
     check_tokens(x=x)
     B, _, N, K = x.shape
     n = row_start.shape[0]
@@ -45,7 +50,12 @@ def specs(target: str) -> Iterator[Spec]:
     for dtype in DTYPES:
         for K in HEAD_DIMS:
             _, options = config("vsa_pool", target, dtype, K)
-            signature = {"x_ptr": f"*{dtype}", "mean_ptr": "*fp32", "row_start_ptr": "*i32", "n_valid_ptr": "*i32"}
+            signature = {
+                "x_ptr": f"*{dtype}",
+                "mean_ptr": "*fp32",
+                "row_start_ptr": "*i32",
+                "n_valid_ptr": "*i32",
+            }
             signature |= {"s_b": "i64", "s_l": "i32", "s_n": "i32", "BLOCK": "constexpr", "K": "constexpr"}
             yield Spec(
                 op="vsa_pool",

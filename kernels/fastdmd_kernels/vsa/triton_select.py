@@ -1,8 +1,8 @@
-"""Which key tiles each query tile attends to: the topk largest scores of the tiles' means (VSA, arXiv 2505.13389).
+"""Which key tiles each query tile attends to: the topk largest scores of tile means (VSA, arXiv 2505.13389).
 
-B batch, N heads, K head dim, nq query tiles, nk key tiles. Scores and top-k in one kernel, the scores of a few rows in
-registers: at 1,800 tiles and 40 heads a float32 map would be 518 MB. Products in float32, in one order whatever the
-shape: one tile flipped by bfloat16 scores moved an output by 20 %.
+B batch, N heads, K head dim, nq query tiles, nk key tiles. Scores and top-k in one kernel, the scores of a
+few rows in registers: at 1,800 tiles and 40 heads a float32 map would be 518 MB. Products in float32, in one
+order whatever the size: one tile flipped by bfloat16 scores moved an output by 20 %.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false
@@ -54,8 +54,8 @@ def _vsa_select(
     keys = tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), -0x7FFFFFFF)
     keys = tl.where(m_k[None, :], keys, -0x7FFFFFFF - 1)
 
-    # The topk-th largest key, bit by bit from the sign. Unrolled: triton 3.6 counts twice in a loop, the second time
-    # with a row in each thread (sm_90: 28,488 bytes of spills).
+    # The topk-th largest key, bit by bit from the sign. Unrolled: triton 3.6 counts twice in a loop, the
+    # second time with a row in each thread (sm_90: 28,488 bytes of spills).
     above = tl.sum((keys >= 0).to(tl.int32), 1, keep_dims=True)
     least = tl.where(above >= topk, 0, -0x7FFFFFFF - 1)
     for i in tl.static_range(31):
@@ -78,14 +78,15 @@ def _vsa_select(
 
 
 def _rows(tiles: int) -> int:
-    """Query tiles of one program."""
+    """Return the number of query tiles of one program."""
     return min(4, max(1, ROW_ELEMENTS // tiles))
 
 
 def select(q_c: Tensor, k_c: Tensor, row_start_k: Tensor, n_valid_k: Tensor, topk: int) -> Tensor:
-    """int32 [B, N, nq, topk] of (row_start << 7) | n_valid, ascending; q_c [B, N, nq, K], k_c [B, N, nk, K] float32.
+    """Choose the topk largest scores of each query tile, equal ones from the lowest tile on.
 
-    The topk largest scores of each query tile, equal ones from the lowest tile on.
+    q_c [B, N, nq, K], k_c [B, N, nk, K] float32 -> int32 [B, N, nq, topk] of (row_start << 7) | n_valid,
+    ascending.
     """
     B, N, nq, K = q_c.shape
     nk = k_c.shape[2]
@@ -115,7 +116,10 @@ def select(q_c: Tensor, k_c: Tensor, row_start_k: Tensor, n_valid_k: Tensor, top
 
 
 def specs(target: str) -> Iterator[Spec]:
-    """For 1,025 to 2,048 key tiles, as at 720p: the widest that a run is likely to need."""
+    """Yield the variants for 1,025 to 2,048 key tiles, as at 720p.
+
+    It is the widest that a run is likely to need.
+    """
     signature = dict.fromkeys(("q_ptr", "k_ptr"), "*fp32")
     signature |= dict.fromkeys(("row_start_ptr", "n_valid_ptr", "lists_ptr"), "*i32")
     signature |= {"nq": "i32", "nk": "i32", "topk": "i32"}
