@@ -1,124 +1,81 @@
 """One network with its schedule: everyone else sees a denoiser, whatever the network predicts.
 
-B batch; latents are [B, C, ..]; times are float64 [B] on the host.
+B batch; latents are [B, C, ..].
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdmd.schedule import Schedule, coeffs, per_sample, wide
+from fastdmd.batch import Cond
+from fastdmd.models.net import Call, Net
+from fastdmd.schedule import Coeffs, Schedule, per_sample, wide
 from fastdmd_kernels import guide
 
-__all__ = ["Batch", "Cond", "Denoiser", "guide"]
 
+class Denoiser:
+    """(x_t, c, cond) -> x0, c the coefficients of the times of x_t.
 
-@dataclass(frozen=True)
-class Cond:
-    """What a network is conditioned on, beside the time."""
+    `F` is the raw output; the arithmetic around the network is as `wide` as the latents.
+    """
 
-    text: Tensor  # [B, S, text_dim]
-    pooled: Tensor | None = None  # [B, P], SDXL's second text embedding
-    time_ids: Tensor | None = None  # [B, 6], SDXL's sizes and crop
-    guidance: Tensor | None = None  # float32 [B], the w that a network with a guidance embedding is told
-
-    def cat(self, other: "Cond") -> "Cond":
-        def both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-            return None if a is None or b is None else torch.cat([a, b])
-
-        return Cond(
-            torch.cat([self.text, other.text]),
-            both(self.pooled, other.pooled),
-            both(self.time_ids, other.time_ids),
-            both(self.guidance, other.guidance),
-        )
-
-    def rows(self, index: Tensor) -> "Cond":
-        """Of the samples int64 [n], in that order."""
-        return self._each(lambda x: x[index])
-
-    def to(self, device: torch.device | str) -> "Cond":
-        return self._each(lambda x: x.to(device, non_blocking=True))
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Cond":
-        return replace(self, **{name: change(x) for name, x in vars(self).items() if x is not None})
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch: condition, the condition of guidance's other side, and clean latents where the data has them."""
-
-    cond: Cond
-    uncond: Cond
-    latent_shape: tuple[int, ...]  # without B
-    x0: Tensor | None = None
-
-
-class Denoiser(nn.Module):
-    """(x_t, t, cond) -> x0. `F` is the raw output; the arithmetic around the network is as `wide` as the latents."""
-
-    def __init__(self, net: nn.Module, schedule: Schedule, trainable: Mapping[str, nn.Parameter] | None = None) -> None:
-        """`trainable`: the parameters that may learn, by name; absent: all."""
-        super().__init__()
-        self.net: Any = net  # a models.Net
-        self.schedule = schedule
+    def __init__(self, net: Net, schedule: Schedule, trainable: Mapping[str, nn.Parameter] | None = None) -> None:
+        """Take the parameters that may learn, by name; absent: all."""
+        self.net, self.schedule = net, schedule
         self.trainable = dict(net.named_parameters()) if trainable is None else trainable
-        self.flops = 0  # of all calls so far with their backward, counted on the host; the trainer reads it
+        # of the step's sparse attention; here and not in the network, where a number that changes recompiles it
+        self.sparsity = 0.0
 
     def learn(self, on: bool) -> None:
-        """Whether gradients are made for the trainable parameters; the others never get one."""
+        """Say whether gradients are made for the trainable parameters; the others never get one."""
         self.net.requires_grad_(False)
         for parameter in self.trainable.values():
             parameter.requires_grad_(on)
 
-    def raw(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """F [B, C, ..] float32 of x_t at times t."""
-        return self._call(x_t, coeffs(self.schedule, t, x_t).model_t, cond)
+    def raw(self, x_t: Tensor, c: Coeffs, cond: Cond) -> Tensor:
+        """Return F [B, C, ..] float32."""
+        return self.features(x_t, c.model_t, cond, ())[0]
 
-    def raw_pair(self, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond) -> tuple[Tensor, Tensor]:
-        """(F_c, F_u): both sides of guidance in one batched call."""
-        model_t = coeffs(self.schedule, t, x_t).model_t
-        return self._call(torch.cat([x_t, x_t]), model_t.repeat(2), cond.cat(uncond)).chunk(2)  # type: ignore[return-value]
+    def raw_pair(self, x_t: Tensor, c: Coeffs, cond: Cond, uncond: Cond) -> tuple[Tensor, Tensor]:
+        """Return (F_c, F_u): both sides of guidance in one batched call."""
+        F, _ = self.features(torch.cat([x_t, x_t]), c.model_t.repeat(2), cond.cat(uncond), ())
+        F_c, F_u = F.chunk(2)
+        return F_c, F_u
 
-    def features(self, x_t: Tensor, t: Tensor, cond: Cond, layers: Collection[int]) -> tuple[Tensor, list[Tensor]]:
-        """F as `raw` gives it, and float32 maps [B, D, ..] of its inside after each of the blocks `layers`."""
-        F, maps = self.net.features(x_t, coeffs(self.schedule, t, x_t).model_t, cond, layers)
-        self._count(F, self.net.flops(x_t.shape, cond.text.shape[1]))
-        return wide(F), maps
+    def guided(self, x_t: Tensor, c: Coeffs, cond: Cond, uncond: Cond, w: float | Tensor) -> Tensor:
+        """Return F under guidance w, a number or [B]; without the other side where w is the number 1."""
+        if isinstance(w, Tensor):
+            w = per_sample(w, x_t)
+        elif w == 1:
+            return self.raw(x_t, c, cond)
+        F_c, F_u = self.raw_pair(x_t, c, cond, uncond)
+        return guide(F_u, F_c, w)
 
-    def x0(self, x_t: Tensor, t: Tensor, F: Tensor) -> Tensor:
-        """a x_t + b F, float32 [B, C, ..]."""
-        c = coeffs(self.schedule, t, x_t)
+    def features(self, x_t: Tensor, model_t: Tensor, cond: Cond, layers: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        """Return F, and float32 maps [B, D, ..] of the network's inside after each of the blocks `layers`."""
+        return self._call(x_t, model_t, cond, Call(layers=tuple(layers)))
+
+    def x0(self, x_t: Tensor, c: Coeffs, F: Tensor) -> Tensor:
+        """Return a x_t + b F, float32 [B, C, ..]."""
         return per_sample(c.a, x_t) * x_t + per_sample(c.b, x_t) * F
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """x0 [B, C, ..] float32."""
-        return self.x0(x_t, t, self.raw(x_t, t, cond))
+    def __call__(self, x_t: Tensor, c: Coeffs, cond: Cond) -> Tensor:
+        """Return x0 [B, C, ..] float32."""
+        return self.x0(x_t, c, self.raw(x_t, c, cond))
 
-    def block(self, x_t: Tensor, t: Tensor, cond: Cond, cache: Any, write: bool = False) -> Tensor:
-        """x0 of the frames that follow those in a causal network's cache; `write` adds them to it."""
-        flops = self.net.flops(x_t.shape, cond.text.shape[1], cache.tokens)  # before the cache grows
-        F = wide(self.net.forward_block(x_t, coeffs(self.schedule, t, x_t).model_t, cond, cache, write))
-        self._count(F, flops)
-        return self.x0(x_t, t, F)
+    def block(self, x_t: Tensor, c: Coeffs, cond: Cond, cache: Any, write: bool = False) -> Tensor:
+        """Return x0 of the frames that follow those in a causal network's cache; `write` adds them to it."""
+        F, _ = self._call(x_t, c.model_t, cond, Call(cache=cache, write=write))
+        return self.x0(x_t, c, F)
 
-    def raw_blocks(self, x_t: Tensor, t: Tensor, cond: Cond, frames: Sequence[int]) -> Tensor:
-        """F of a causal network in one pass: blocks of these numbers of frames, each at its own time, t [B, n]."""
-        model_t = coeffs(self.schedule, t.flatten(), x_t).model_t.view(t.shape)
-        F = wide(self.net.forward_blocks(x_t, model_t, cond, frames))
-        self._count(F, self.net.flops(x_t.shape, cond.text.shape[1]))
-        return F
+    def raw_blocks(self, x_t: Tensor, model_t: Tensor, cond: Cond, frames: Sequence[int]) -> Tensor:
+        """Return F of a causal network in one pass: blocks of `frames` frames, each at its own model_t [B, n]."""
+        return self._call(x_t, model_t, cond, Call(blocks=tuple(frames)))[0]
 
-    def _call(self, x_t: Tensor, model_t: Tensor, cond: Cond) -> Tensor:
-        F = wide(self.net(x_t, model_t, cond))
-        self._count(F, self.net.flops(x_t.shape, cond.text.shape[1]))
-        return F
-
-    def _count(self, F: Tensor, flops: int) -> None:
-        """A forward that gave F, and the backward that it will have."""
-        # a backward costs one forward for the inputs and one for the parameters
-        backward = F.requires_grad * (1 + any(p.requires_grad for p in self.net.parameters()))
-        self.flops += flops * (1 + backward)
+    def _call(self, x_t: Tensor, model_t: Tensor, cond: Cond, call: Call) -> tuple[Tensor, list[Tensor]]:
+        attention = self.net.attention(x_t.shape, self.sparsity)
+        out = self.net(x_t, model_t, cond, replace(call, attention=attention))
+        return wide(out.F), out.maps

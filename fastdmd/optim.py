@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -80,13 +81,39 @@ class Optimizer:
         self.adamw = torch.optim.AdamW(
             self.masters.values(), config.lr, config.betas, config.eps, config.weight_decay, fused=True
         )
+        for name, parameter in self._rounded():
+            learns = parameter.requires_grad
+            parameter.requires_grad_(True)  # a hook cannot be put on another, and stays when this ends
+            parameter.register_post_accumulate_grad_hook(partial(self._take, name))
+            parameter.requires_grad_(learns)
+
+    def accumulate(self, name: str, grad: Tensor) -> None:
+        """Add a micro-batch's gradient to the master's, in float32: in bfloat16 64 of them lose 0.8 %.
+
+        A hook calls it after each backward; a captured phase returns its gradients, and calls it with them.
+        """
+        master = self.masters[name]
+        if master.grad is None:
+            master.grad = grad.to(master.dtype)
+        else:
+            master.grad.add_(grad)
+
+    def _take(self, name: str, parameter: Tensor) -> None:
+        """Move a rounded parameter's gradient to its master, and free it."""
+        assert parameter.grad is not None
+        self.accumulate(name, parameter.grad)
+        parameter.grad = None
+
+    def grads(self) -> dict[str, Tensor]:
+        """Return the accumulated gradients by name, of the parameters that have one."""
+        return {name: m.grad for name, m in self.masters.items() if m.grad is not None}
 
     def clip(self) -> Tensor:
-        """Scale the gradients to the clip norm; -> their global L2 norm before that, float32 [].
+        """Scale the gradients to the clip norm, and return their global L2 norm before that, float32 [].
 
         Under a norm that is not finite they stay as they are: a dump can tell whose fault it was.
         """
-        grads = [p.grad for p in self.params.values() if p.grad is not None]
+        grads = list(self.grads().values())
         norm = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]).norm()
         scale = (self.config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(grads, torch.where(norm.isfinite(), scale, 1.0))  # pyright: ignore[reportPrivateImportUsage]
@@ -97,20 +124,17 @@ class Optimizer:
         """Update with the clipped gradients and drop them."""
         for group in self.adamw.param_groups:
             group["lr"] = lr_at(self.config, step, self.max_steps)
-        for p, master in self._rounded():
-            master.grad = None if p.grad is None else p.grad.float()
-            p.grad = None
         self.adamw.step()
         self.adamw.zero_grad()
         self.round()
 
     def round(self) -> None:
         """Bring the network's rounded parameters up to their masters."""
-        for p, master in self._rounded():
-            p.data.copy_(master)
+        for name, p in self._rounded():
+            p.data.copy_(self.masters[name])
 
-    def _rounded(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return ((p, self.masters[name]) for name, p in self.params.items() if self.masters[name] is not p)
+    def _rounded(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, p in self.params.items() if self.masters[name] is not p)
 
     def moments(self) -> dict[str, Tensor]:
         """AdamW's state by "kind.parameter"."""

@@ -9,11 +9,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdmd.causal import Exit, frame_blocks, renoise_blocks
-from fastdmd.denoiser import Batch, Denoiser
+from fastdmd.batch import Batch
+from fastdmd.causal import BlockNoise, Walk, draw_blocks, frame_blocks, renoise_blocks
+from fastdmd.denoiser import Denoiser
 from fastdmd.rng import Rng
 from fastdmd.sampler import renoise_steps
-from fastdmd.schedule import add_noise
+from fastdmd.schedule import Coeffs, add_noise
 
 BLOCK_KEYS = ("frames_per_block", "independent_first_frame", "shared_exit_step", "context_noise")
 
@@ -50,59 +51,84 @@ class Config:
         return frame_blocks(frames, self.frames_per_block, self.independent_first_frame)
 
 
-class Rollout(NamedTuple):
-    """Where blocks exit at different steps, exit_t is the largest and next_t the smallest of theirs: all frames share
-    one score time, so its window has to hold that of each block."""
+@dataclass(frozen=True)
+class Window:
+    """The exit step's time and the next step's, 0 after the last.
 
-    x0_g: Tensor  # student output at the exit step, float32 [B, C, ..]
-    exit_t: float  # the exit step's time
-    next_t: float  # the next step's time, 0 after the last
-
-    def detach(self) -> "Rollout":
-        return self._replace(x0_g=self.x0_g.detach())
-
-
-def rollout(student: Denoiser, batch: Batch, times: Tensor, config: Config, rng: Rng, grad: bool) -> Rollout:
-    """Draw the exit step e, the same on all ranks; walk steps 0 .. e - 1 without gradient; denoise once at e.
-
-    Steps past e never run. Gradient, if any, only through the exit step. Mode "causal" does so for each block of
-    frames. Mode "data" noises a data latent to the exit time in place of the walk. times: float64 [n] descending.
+    Where blocks exit at different steps, the largest and the smallest of theirs: all frames share one score time,
+    so its window has to hold that of each block.
     """
+
+    exit_t: float
+    next_t: float
+
+
+class Draws(NamedTuple):
+    """What is drawn for one rollout: the noise that it starts from, and each block's exit step and noise.
+
+    A bidirectional rollout is one block of all frames.
+    """
+
+    noise: Tensor  # [B, C, ..]
+    exits: list[int]
+    blocks: list[BlockNoise]
+    times: Tensor  # the student's, float64 [n], and behind them that of the context pass
+
+    @property
+    def window(self) -> Window:
+        after = max(self.exits) + 1
+        next_t = float(self.times[after]) if after < len(self.times) - 1 else 0.0
+        return Window(float(self.times[min(self.exits)]), next_t)
+
+    def host_times(self) -> list[Tensor]:
+        """Return the times whose coefficients `rollout` takes, each float64 [B]."""
+        return [t.expand(len(self.noise)) for t in self.times]
+
+
+def draw(times: Tensor, config: Config, shape: Sequence[int], rng: Rng) -> Draws:
+    """Draw a rollout of latents [C, ..]: each exit step is the same on all ranks. times: float64 [n] descending."""
+    blocks = config.blocks(shape[1]) if config.mode == "causal" else [slice(None)]
+    apart = len(blocks) if not config.shared_exit_step else 1
+    exits = [_exit_step(times, config, rng) for _ in range(apart)] * (len(blocks) // apart)
+    noise = rng.normal(shape)
     if config.mode == "causal":
-        return _causal(student, batch, times, config, rng, grad)
-    B, schedule = len(batch.cond.text), student.schedule
-    e = _exit_step(times, config, rng)
-    t = times[e].expand(B)
+        drawn = draw_blocks(rng, blocks, exits, shape)
+    else:
+        steps = 0 if config.mode == "data" else exits[0]
+        drawn = [BlockNoise([rng.normal(shape) for _ in range(steps)], None)]
+    return Draws(noise, exits, drawn, torch.cat([times, times.new_tensor([config.context_noise])]))
+
+
+def rollout(
+    student: Denoiser, batch: Batch, draws: Draws, coeffs: Sequence[Coeffs], config: Config, grad: bool
+) -> Tensor:
+    """Return x0_g, the student's output at the exit step e, float32 [B, C, ..].
+
+    Walk steps 0 .. e - 1 without gradient; denoise once at e. Steps past e never run. Gradient, if any, only
+    through the exit step. Mode "causal" does so for each block of frames. Mode "data" noises a data latent to
+    the exit time in place of the walk. coeffs: of `draws.host_times()`.
+    """
+    *steps, context = coeffs
+    noise, exits, drawn, _ = draws
+    if config.mode == "causal":
+        T = noise.shape[2]
+        blocks, first = config.blocks(T), T - (config.grad_frames or T)  # the first frame that carries the loss
+        walks = [
+            Walk(steps[: e + 1], each, grad and frames.stop > first)
+            for e, each, frames in zip(exits, drawn, blocks, strict=True)
+        ]
+        return renoise_blocks(student, noise, blocks, walks, context, batch.cond)
+    (e,), (only,) = exits, drawn
     with torch.no_grad():
-        eps = rng.normal(batch.latent_shape)
         if config.mode == "data":
             if batch.x0 is None:
                 raise ValueError("rollout.mode = 'data' needs data with latents; use 'bidirectional'")
-            x_t = add_noise(schedule, batch.x0, eps, t)
+            x_t = add_noise(batch.x0, noise, steps[e])
         else:
-            x_t = renoise_steps(student, schedule, eps, times, e, batch.cond, rng)
+            x_t = renoise_steps(student, noise, steps[: e + 1], only.eps, batch.cond)
     with torch.set_grad_enabled(grad):
-        x0_g = student(x_t, t, batch.cond)
-    return Rollout(x0_g, *_window(times, [e]))
-
-
-def _causal(student: Denoiser, batch: Batch, times: Tensor, config: Config, rng: Rng, grad: bool) -> Rollout:
-    T = batch.latent_shape[1]
-    blocks = config.blocks(T)
-    draws = 1 if config.shared_exit_step else len(blocks)
-    steps = [_exit_step(times, config, rng) for _ in range(draws)] * (len(blocks) // draws)
-    first = T - (config.grad_frames or T)  # of the frames that carry the loss
-    exits = [Exit(e, grad and frames.stop > first) for e, frames in zip(steps, blocks, strict=True)]
-    noise = rng.normal(batch.latent_shape)
-    x0_g = renoise_blocks(student, noise, times, blocks, exits, config.context_noise, batch.cond, rng)
-    return Rollout(x0_g, *_window(times, steps))
+        return student(x_t, steps[e], batch.cond)
 
 
 def _exit_step(times: Tensor, config: Config, rng: Rng) -> int:
     return len(times) - 1 if config.exit == "last" else rng.shared_integer(len(times))
-
-
-def _window(times: Tensor, steps: Sequence[int]) -> tuple[float, float]:
-    """Rollout's exit_t and next_t of blocks that left at these steps."""
-    after = max(steps) + 1
-    return float(times[min(steps)]), float(times[after]) if after < len(times) else 0.0

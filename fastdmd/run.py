@@ -1,8 +1,8 @@
 """A run: its configuration, world, method, networks and optimizers, at a step."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -12,8 +12,8 @@ from fastdmd.denoiser import Denoiser
 from fastdmd.device import pick_device
 from fastdmd.methods import Method
 from fastdmd.methods.method import TRAINABLE
-from fastdmd.models.lora import add_lora, lora_parameters
 from fastdmd.optim import EMA, Optimizer
+from fastdmd.roles import Place, build_nets, roles_of
 from fastdmd.schedule import Schedule
 
 
@@ -39,46 +39,23 @@ class Run:
         return Path(self.config.run.output_dir)
 
 
-def build(config: Config) -> Run:
-    """Networks, data and optimizers of a run, at step 0."""
-    device, dtype = pick_device(config.run.device), config.precision.dtype
+def build(config: Config, only: Collection[str] | None = None) -> Run:
+    """Build the networks, data and optimizers of a run, at step 0; of the roles `only`, absent: of all."""
+    place = Place(pick_device(config.run.device), config.precision.dtype)
     schedule, method = config.make_schedule(), config.make_method()
-    nets, optimizers = {}, {}
-    for role, how in config.method.roles.items():
-        if how == "heads":
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(config.run.seed)
-                net, masters = method.make_heads(nets).to(device), {}
-        else:
-            net = make_net(config, role, device)
-            net.checkpointing = config.memory.checkpointing == "full"  # of frozen ones too: SiD's pass gradient on
-            net.prepare(device, dtype)
-            masters = net.cast(dtype)
-        lora = config.role_lora(role)
-        nets[role] = Denoiser(net, schedule, lora_parameters(net, lora.modules) if lora else None)
-        nets[role].learn(False)
-        if role in TRAINABLE:
-            optimizers[role] = Optimizer(nets[role].trainable, config.optim[role], config.run.max_steps, masters)
-    ema = EMA(optimizers["student"].masters, config.ema) if config.ema else None
-    world = make_world(config.data, config.family, config.model.path, device, dtype)
-    run = Run(config, device, world, method, schedule, nets, optimizers, ema)
+    roles = {name: role for name, role in roles_of(config).items() if only is None or name in only}
+    built = build_nets(config, roles, method, schedule, place)
+    nets = {name: each.denoiser for name, each in built.items()}
+    optimizers = {
+        name: Optimizer(each.denoiser.trainable, config.optim[name], config.run.max_steps, each.masters)
+        for name, each in built.items()
+        if name in TRAINABLE
+    }
+    ema = EMA(optimizers["student"].masters, config.ema) if config.ema and "student" in built else None
+    world = make_world(config.data, config.family, config.model.path, place.device, place.dtype)
+    run = Run(config, place.device, world, method, schedule, nets, optimizers, ema)
     set_sparsity(run)
     return run
-
-
-def make_net(config: Config, role: str, device: torch.device) -> Any:
-    """A role's network in float32: the weights of its folder, or random ones drawn from the run's seed."""
-    path, options = config.role_path(role), config.role_options(role)
-    if path is not None:
-        net = config.family.load(Path(path), device, options)
-    else:
-        assert config.model.scratch is not None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.run.seed)
-            net = config.family.make(config.model.scratch[1], options).start_from_scratch().to(device)
-    if lora := config.role_lora(role):
-        add_lora(net, lora.rank, lora.alpha, lora.targets, config.run.seed)
-    return net
 
 
 def follow_average(run: Run) -> None:
@@ -93,4 +70,4 @@ def set_sparsity(run: Run) -> None:
     """Sparse attention at the sparsity of the step to come."""
     for role, denoiser in run.nets.items():
         if run.config.vsa and run.config.role_options(role).tile:
-            denoiser.net.sparsity = run.config.vsa.sparsity_at(run.step)
+            denoiser.sparsity = run.config.vsa.sparsity_at(run.step)

@@ -19,6 +19,8 @@ class Coeffs(NamedTuple):
     a: Tensor  # x0 = a x_t + b F
     b: Tensor
     model_t: Tensor
+    skip: Tensor | None = None  # of a consistency function skip x_t + out x0; absent: it is x0
+    out: Tensor | None = None
 
 
 class Schedule(Protocol):
@@ -43,7 +45,7 @@ class Schedule(Protocol):
         """What the network is told."""
         ...
 
-    def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    def target(self, x0: Tensor, eps: Tensor, c: Coeffs) -> Tensor:
         """The F of a perfect network that knows x0 and eps."""
         ...
 
@@ -54,11 +56,23 @@ def wide(x: Tensor) -> Tensor:
 
 
 def coeffs(schedule: Schedule, t: Tensor, like: Tensor) -> Coeffs:
-    """Those of times float64 [B] on the host, where `like` is and as `wide` as it."""
-    rows = (schedule.alpha(t), schedule.sigma(t), *schedule.x0_coeffs(t), schedule.model_t(t))
-    return Coeffs(
-        *torch.stack([row.expand(t.shape) for row in rows]).to(wide(like).dtype).to(like.device, non_blocking=True)
-    )
+    """Return the coefficients of times float64 [B] on the host, where `like` is and as `wide` as it."""
+    (c,), _ = send(schedule, [t], like)
+    return c
+
+
+def send(
+    schedule: Schedule, times: Sequence[Tensor], like: Tensor, rows: Sequence[Tensor] = ()
+) -> tuple[list[Coeffs], list[Tensor]]:
+    """Return the coefficients of each of `times`, and `rows` of further numbers, by one copy to the device.
+
+    times, rows: float64 [B] on the host. What is returned is where `like` is, and as `wide` as it.
+    """
+    groups = [(schedule.alpha(t), schedule.sigma(t), *schedule.x0_coeffs(t), schedule.model_t(t)) for t in times]
+    host = [row.expand(t.shape) for t, group in zip(times, groups, strict=True) for row in group]
+    sent = torch.stack([*host, *rows]).to(wide(like).dtype).to(like.device, non_blocking=True).unbind()
+    n = len(Coeffs._fields) - len(Coeffs._field_defaults)
+    return [Coeffs(*sent[n * i : n * i + n]) for i in range(len(times))], list(sent[n * len(times) :])
 
 
 def per_sample(c: Tensor, x: Tensor) -> Tensor:
@@ -66,9 +80,8 @@ def per_sample(c: Tensor, x: Tensor) -> Tensor:
     return c.view(-1, *[1] * (x.ndim - 1))
 
 
-def add_noise(schedule: Schedule, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """x_t = alpha x0 + sigma eps, float32 [B, ..]; t float64 [B] on the host."""
-    c = coeffs(schedule, t, x0)
+def add_noise(x0: Tensor, eps: Tensor, c: Coeffs) -> Tensor:
+    """Return x_t = alpha x0 + sigma eps, float32 [B, ..]."""
     return per_sample(c.alpha, x0) * x0 + per_sample(c.sigma, x0) * eps
 
 
@@ -90,7 +103,7 @@ class FlowSchedule:
     def model_t(self, t: Tensor) -> Tensor:
         return 1000 * t
 
-    def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    def target(self, x0: Tensor, eps: Tensor, c: Coeffs) -> Tensor:
         return eps - x0
 
     def solver_grid(self, steps: int) -> Tensor:
@@ -129,10 +142,9 @@ class VPSchedule:
         alpha, sigma = self.alpha(t), self.sigma(t)
         return (1 / alpha, -sigma / alpha) if self.prediction == "eps" else (alpha, -sigma)
 
-    def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    def target(self, x0: Tensor, eps: Tensor, c: Coeffs) -> Tensor:
         if self.prediction == "eps":
             return eps
-        c = coeffs(self, t, x0)
         return per_sample(c.alpha, x0) * eps - per_sample(c.sigma, x0) * x0
 
     def solver_grid(self, steps: int) -> Tensor:

@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 
 from fastdmd import checkpoint
 from fastdmd import config as configs
+from fastdmd.batch import Batch
 from fastdmd.config import Config
-from fastdmd.denoiser import Batch
 from fastdmd.evaluation.evaluate import finish, validate_step
 from fastdmd.export import exported_scheduler
 from fastdmd.files import locked, make_folder, write_atomic
+from fastdmd.flops import step_flops
 from fastdmd.hardware import peak_flops, peak_memory_gb
 from fastdmd.log import Progress, RunLog
 from fastdmd.methods.method import mean_metrics
@@ -52,14 +53,17 @@ def train(config: Config) -> Run:
                 validate_step(run, log)
             with Progress("step", max_steps, run.step) as progress:
                 while run.step < max_steps:
-                    start, flops = time.perf_counter(), count_flops(run)
+                    logged = (run.step + 1) % config.logging.every == 0 or run.step + 1 == max_steps
+                    flops = step_flops(run) if logged and peak else None
+                    start = time.perf_counter()
                     values = take_step(run)
                     seconds = time.perf_counter() - start
                     run.seconds += seconds
                     run.recent |= values
-                    if run.step % config.logging.every == 0 or run.step == max_steps:
-                        mfu = (count_flops(run) - flops) / seconds / peak
-                        perf = {"perf/step_s": seconds, "perf/mfu": mfu, "perf/mem_gb": peak_memory_gb(run.device)}
+                    if logged:
+                        perf = {"perf/step_s": seconds, "perf/mem_gb": peak_memory_gb(run.device)}
+                        if flops and peak:
+                            perf["perf/mfu"] = flops / seconds / peak
                         log.write(run.step, run.recent | perf)
                         run.recent = {}
                     progress.show(
@@ -93,7 +97,8 @@ def take_step(run: Run) -> dict[str, float]:
         losses = []
         for micro, batch, carry in zip(samples, batches, carries, strict=True):
             rng = Rng(config.seed, run.step, f"{phase}{index}", micro, run.device)
-            loss, metrics = run.method.loss(phase, run.nets, batch, rng, carry)
+            draws = run.method.draw(phase, rng, batch.latent_shape, carry)
+            loss, metrics = run.method.loss(phase, run.nets, batch, draws, carry)
             (loss / config.grad_accum).backward()
             losses.append({f"loss_{phase}": loss.detach(), **metrics})
         found, samples_of = mean_metrics(losses)
@@ -118,10 +123,8 @@ def take_step(run: Run) -> dict[str, float]:
 
 def dump_nonfinite(run: Run, phase: str, index: int, read: Mapping[str, float], batches: list[Batch]) -> str:
     """Save what reproduces a step that was not finite, and say which tensor it was."""
-    grads = {
-        f"{role}.{name}": p.grad for role in run.method.trains(phase) for name, p in run.optimizers[role].params.items()
-    }
-    bad = [f"gradient of {name}" for name, grad in grads.items() if grad is not None and not grad.isfinite().all()]
+    grads = [(role, *item) for role in run.method.trains(phase) for item in run.optimizers[role].grads().items()]
+    bad = [f"gradient of {role}.{name}" for role, name, grad in grads if not grad.isfinite().all()]
     bad = [name for name, value in read.items() if not math.isfinite(value)] + bad
     path = run.folder / f"nonfinite_{run.step + 1:08d}"
     path.mkdir(parents=True, exist_ok=True)
@@ -139,10 +142,6 @@ def dump_nonfinite(run: Run, phase: str, index: int, read: Mapping[str, float], 
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path / "batch.safetensors")
     more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
     return f"step {run.step + 1}, phase {phase}: {', '.join(bad[:3])}{more} not finite; no update made, see {path}"
-
-
-def count_flops(run: Run) -> int:
-    return sum(denoiser.flops for denoiser in run.nets.values())
 
 
 @contextmanager

@@ -5,8 +5,6 @@ import pytest
 import torch
 from tiny import write_toml
 
-from fastdmd.models.wan.layers import rope_table
-
 if not torch.cuda.is_available():
     # the kernels' tests run in triton's interpreter; read when triton is imported, which no line above does
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -28,6 +26,3 @@ def dmd_toml(tmp_path: Path) -> Path:
 def float64(monkeypatch):
     """What a network and its schedule compute in float32 at the least, they compute in float64."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    rope_table.cache_clear()
-    yield
-    rope_table.cache_clear()

@@ -14,8 +14,10 @@ from score_definition import column
 from test_gan import project
 from torch import Tensor
 
-from fastdmd.denoiser import Cond, Denoiser
+from fastdmd.batch import Cond
+from fastdmd.denoiser import Denoiser
 from fastdmd.methods.dcm import DCM, Config
+from fastdmd.models.net import Call
 from fastdmd.rng import Rng
 from fastdmd.schedule import FlowSchedule
 
@@ -99,7 +101,7 @@ class Definition:
         self.low, self.high = (self.boundary, N) if self.keys["expert"] == "semantic" else (0, self.boundary)
 
     def v(self, role: str, x: Tensor, sigma: Tensor, cond: Cond = BATCH.cond) -> Tensor:
-        return self.nets[role](x, 1000 * sigma, Cond(cond.text.double()))
+        return self.nets[role](x, 1000 * sigma, Cond(cond.text.double())).F
 
     def end(self, i: int) -> int:
         N, phases = self.keys["solver_steps"], self.keys["phases"]
@@ -141,7 +143,7 @@ class Definition:
         """Projections and logits of each map."""
         given = self.keys["disc_layers"]
         layers = (0, 2) if given is None else given
-        _, maps = self.nets["teacher"].features(x, 1000 * sigma, Cond(BATCH.cond.text.double()), layers)
+        _, maps = self.nets["teacher"](x, 1000 * sigma, Cond(BATCH.cond.text.double()), Call(layers=tuple(layers)))
         judged = [project(head, m, 8) for head, m in zip(self.nets["disc"].heads, maps, strict=True)]
         return [p for p, _ in judged], [logits for _, logits in judged]
 

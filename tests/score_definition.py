@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fastdmd import rollout as rollouts
-from fastdmd.denoiser import Cond, Denoiser
+from fastdmd.batch import Cond
+from fastdmd.denoiser import Denoiser
 from fastdmd.methods.score_distillation import ScoreConfig
 from fastdmd.rng import Rng
 
@@ -74,7 +75,7 @@ class Definition:
 
     def v(self, role: str, x: Tensor, t: Tensor | float, cond: Cond = BATCH.cond) -> Tensor:
         told = 1000 * torch.as_tensor(t, dtype=torch.float64).expand(len(x))
-        return self.nets[role](x, told, Cond(cond.text.double()))
+        return self.nets[role](x, told, Cond(cond.text.double())).F
 
     def guided_v(self, role: str, x: Tensor, t: Tensor, w: float) -> Tensor:
         cond, uncond = self.v(role, x, t), self.v(role, x, t, BATCH.uncond)

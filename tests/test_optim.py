@@ -29,7 +29,7 @@ def run(net: Net, optimizer: Optimizer, first: int, last: int) -> None:
     for step, grads in enumerate(gradients(last)):
         if step >= first:
             for name, grad in grads.items():
-                net.get_parameter(name).grad = grad.to(net.get_parameter(name).dtype)
+                (net.get_parameter(name) * grad.to(net.get_parameter(name).dtype)).sum().backward()
             optimizer.clip()
             optimizer.step(step)
 
@@ -103,8 +103,8 @@ def test_rounded_parameters_follow_float32_masters():
     before = plain.w.detach().clone()
     assert torch.equal(net.w, before)
     for step in range(300):
-        for p in (net.w, plain.w):
-            p.grad = torch.ones_like(p)
+        optimizer.accumulate("w", torch.ones_like(net.w))
+        plain.w.grad = torch.ones_like(plain.w)
         optimizer.step(step)
         adamw.step()
     masters, exact = optimizer.masters, Net()
@@ -115,6 +115,43 @@ def test_rounded_parameters_follow_float32_masters():
     assert (net.w != before)[large].float().mean() > 0.5
     assert net.w.dtype == torch.bfloat16
     assert all(m.dtype == torch.float32 for m in optimizer.moments().values())
+
+
+def test_micro_batches_add_up_in_float32():
+    """64 of them, of a network in bfloat16: no worse than one rounding of each, 1.6e-3; in bfloat16 it is 7.8e-3."""
+    generator = torch.Generator().manual_seed(3)
+    net = torch.nn.Linear(48, 40, bias=False)
+    master = net.weight.detach().clone()
+    net.bfloat16()
+    optimizer = Optimizer({"weight": net.weight}, Config(lr=1.0), 10, {"weight": master})
+    exact, plain = torch.zeros(40, 48, dtype=torch.float64), torch.zeros(40, 48, dtype=torch.bfloat16)
+    for _ in range(64):
+        x, dy = (torch.randn(32, n, generator=generator).bfloat16() + 0.5 for n in (48, 40))
+        net(x).backward(dy)
+        assert net.weight.grad is None  # its memory is free before the next micro-batch
+        exact += dy.double().T @ x.double()
+        plain += dy.T @ x
+    got = optimizer.grads()["weight"]
+    assert got.dtype == torch.float32
+    assert relative(got, exact) <= 1.7e-3
+    assert relative(plain, exact) > 5e-3
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def test_returned_gradients_add_up_like_those_of_a_backward():
+    """A captured phase returns its gradients, as torch.autograd.grad calls no hooks."""
+    grads = [each["w"] for each in gradients(3)]
+    for rounded in (False, True):
+        (net, by_hook), (other, by_hand) = make(rounded), make(rounded)
+        for grad in grads:
+            (net.w * grad.to(net.w.dtype)).sum().backward()
+            (returned,) = torch.autograd.grad((other.w * grad.to(other.w.dtype)).sum(), [other.w])
+            by_hand.accumulate("w", returned)
+        assert torch.equal(by_hook.grads()["w"], by_hand.grads()["w"])
+        assert by_hook.grads().keys() == {"w"}
 
 
 @pytest.mark.parametrize("rounded", [False, True])

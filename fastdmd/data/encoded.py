@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fastdmd.denoiser import Cond
+from fastdmd.batch import Cond
 from fastdmd.models.component import read_json
 
 MANIFEST, UNCOND = "manifest.json", "uncond.safetensors"

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdmd.denoiser import Cond
-from fastdmd.schedule import Schedule, coeffs, per_sample
+from fastdmd.batch import Cond
+from fastdmd.schedule import Coeffs, per_sample
 
 SPECKLE = 0.4
 MAX_SHAPE_ERROR, MAX_GROUND_ERROR, MIN_SHARE, MAX_BIAS = 0.5, 0.25, 0.75, 0.2  # what the oracle calls right
@@ -173,39 +173,31 @@ def read(x: Tensor) -> Reading:
     return Reading(caption, shape_error, ground_error, share, balance.abs(), correlation, max_bias)
 
 
-class AnalyticDenoiser:
-    """E[x0 | x_t, caption] of this world in closed form: a teacher without training.
+def posterior_mean(x_t: Tensor, c: Coeffs, cond: Cond) -> Tensor:
+    """Return E[x0 | x_t, caption] of this world in closed form: a teacher without training.
 
-    The posterior over places is a softmax of log likelihoods (a correlation on the torus); given the place a shape
-    pixel is its colour and a speckle pixel is a tanh(a alpha sum_c x_t / sigma^2).
+    The posterior over places is a softmax of log likelihoods (a correlation on the torus); given the place a
+    shape pixel is its colour and a speckle pixel is a tanh(a alpha sum_c x_t / sigma^2). x_t [B, 3, T, H, W], or
+    images [B, 3, H, W].
     """
-
-    def __init__(self, schedule: Schedule) -> None:
-        self.schedule = schedule
-
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """x_t [B, 3, T, H, W], or images [B, 3, H, W] -> x0 like it."""
-        return self._of_videos(as_video(x_t), t, cond).view_as(x_t)
-
-    def _of_videos(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        c = coeffs(self.schedule, t, x_t)
-        alpha, var = per_sample(c.alpha, x_t), per_sample(c.sigma, x_t).square()
-        which = caption_index(cond.text, x_t.shape[2])
-        mask = templates(*x_t.shape[2:])[which].to(x_t)  # [B, T, H, W]
-        colour = palette(x_t.shape[2])[which].to(x_t)[:, :, None, None, None]
-        a, C = SPECKLE, x_t.shape[1]
-        logit = a * alpha * x_t.sum(1, keepdim=True) / var
-        # log p(x_t | shape) - log p(x_t | speckle) per pixel, terms common to both left out
-        log_shape = (alpha * (x_t * colour).sum(1, keepdim=True) - alpha**2 * C / 2) / var
-        log_ground = torch.logaddexp(logit, -logit) - 0.6931471805599453 - C * (a * alpha) ** 2 / (2 * var)
-        score = correlate((log_shape - log_ground)[:, 0], mask)
-        odd = torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device)
-        odd[::BLOCK, ::BLOCK] = False
-        score = score.masked_fill(odd, -torch.inf)
-        posterior = score.flatten(1).softmax(1).view_as(score)[:, None]
-        spread = torch.fft.rfft2(posterior) * torch.fft.rfft2(mask)
-        inside = torch.fft.irfft2(spread, s=x_t.shape[-2:])[:, None].clamp(0, 1)  # P(pixel is shape)
-        return inside * colour + (1 - inside) * a * logit.tanh()
+    shape, x_t = x_t.shape, as_video(x_t)
+    alpha, var = per_sample(c.alpha, x_t), per_sample(c.sigma, x_t).square()
+    which = caption_index(cond.text, x_t.shape[2])
+    mask = templates(*x_t.shape[2:])[which].to(x_t)  # [B, T, H, W]
+    colour = palette(x_t.shape[2])[which].to(x_t)[:, :, None, None, None]
+    a, C = SPECKLE, x_t.shape[1]
+    logit = a * alpha * x_t.sum(1, keepdim=True) / var
+    # log p(x_t | shape) - log p(x_t | speckle) per pixel, terms common to both left out
+    log_shape = (alpha * (x_t * colour).sum(1, keepdim=True) - alpha**2 * C / 2) / var
+    log_ground = torch.logaddexp(logit, -logit) - 0.6931471805599453 - C * (a * alpha) ** 2 / (2 * var)
+    score = correlate((log_shape - log_ground)[:, 0], mask)
+    odd = torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device)
+    odd[::BLOCK, ::BLOCK] = False
+    score = score.masked_fill(odd, -torch.inf)
+    posterior = score.flatten(1).softmax(1).view_as(score)[:, None]
+    spread = torch.fft.rfft2(posterior) * torch.fft.rfft2(mask)
+    inside = torch.fft.irfft2(spread, s=x_t.shape[-2:])[:, None].clamp(0, 1)  # P(pixel is shape)
+    return (inside * colour + (1 - inside) * a * logit.tanh()).view(shape)
 
 
 def right(reading: Reading, caption: Tensor) -> Tensor:

@@ -7,10 +7,10 @@ from typing import Literal
 
 import torch
 
+from fastdmd.batch import Cond
 from fastdmd.data import shapes
 from fastdmd.data.encoded import read_folders
 from fastdmd.data.prompts import read_prompts
-from fastdmd.denoiser import Cond
 
 TEMPORAL, SPATIAL, CHANNELS = 4, 8, 16  # the Wan 2.1 VAE: 1 + 4 (T - 1) frames, 8 x 8 pixels, 16 channels
 IMAGE_CHANNELS = 4  # the SDXL VAE, 8 x 8 pixels too

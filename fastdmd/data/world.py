@@ -11,12 +11,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastdmd.batch import Batch, Cond
 from fastdmd.data import shapes
 from fastdmd.data.distances import sliced_wasserstein
 from fastdmd.data.encoded import read_folders, read_sample
 from fastdmd.data.prompts import read_prompts
 from fastdmd.data.table import Config
-from fastdmd.denoiser import Batch, Cond
 from fastdmd.models.family import Family
 from fastdmd.rng import Rng
 

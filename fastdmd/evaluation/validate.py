@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from fastdmd import sampler
+from fastdmd.batch import Cond
 from fastdmd.data.world import World
-from fastdmd.denoiser import Cond, Denoiser
+from fastdmd.denoiser import Denoiser
 from fastdmd.log import Progress
 from fastdmd.rng import Rng
 from fastdmd.schedule import Schedule

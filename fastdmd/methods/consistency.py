@@ -27,16 +27,15 @@ def errors(kind: Distance, a: Tensor, b: Tensor, c: float) -> Tensor:
     return huber(a, b, c) if kind == "huber" else (wide(a) - wide(b)).square()
 
 
-def last_share(error: Tensor, last: Tensor) -> Share:
+def last_share(error: Tensor, weight: Tensor) -> Share:
     """Return the loss of the samples at the interval whose target is the teacher's own step.
 
     There the target's jump has no length, and nothing of the target network is in it. Over a long run this
     loss must not rise above where it began. The whole loss cannot show that: its other targets drift with the
     student.
 
-    Args: error [B, ..] of each element; last bool [B], on the host.
+    Args: error [B, ..] of each element; weight [B], 1 for those samples and 0 for the others.
     """
-    weight = last.to(error.dtype).to(error.device, non_blocking=True)
     return Share((weight * error.detach().flatten(1).mean(1)).sum(), weight.sum())
 
 

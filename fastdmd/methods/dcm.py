@@ -13,24 +13,16 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdmd.denoiser import Batch, Cond, Denoiser, guide
+from fastdmd.batch import Batch, Cond
 from fastdmd.methods import gan
 from fastdmd.methods.consistency import Target, huber, last_share, target_warnings
-from fastdmd.methods.method import Carry, Loss, Method, Nets, Role, Share
+from fastdmd.methods.method import Carry, How, Level, Loss, Method, Nets, Share
 from fastdmd.rng import Rng
 from fastdmd.sampler import guided, ode
-from fastdmd.schedule import FlowSchedule, Schedule, add_noise, per_sample, shift, student_times
+from fastdmd.schedule import Coeffs, FlowSchedule, Schedule, per_sample, send, shift, student_times
 
+Pair = tuple[Tensor, Tensor]  # made, wanted
 DETAIL_ONLY = ("detail_timesteps", "adversarial_weight", "hinge_weight", "feature_weight", "disc_layers")
-
-
-class Pair(NamedTuple):
-    """Where the student lands and where it should, both at sigma_prev_e."""
-
-    made: Tensor
-    wanted: Tensor
-    e: Tensor  # int64 [B], on the host
-    last: Tensor  # bool [B], on the host: i is the expert's last point
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +59,8 @@ class Config:
         return self.expert == "detail" and self.adversarial_weight > 0
 
     @property
-    def roles(self) -> Mapping[str, Role]:
-        found: dict[str, Role] = {"student": "train", "teacher": "frozen"}
+    def roles(self) -> Mapping[str, How]:
+        found: dict[str, How] = {"student": "train", "teacher": "frozen"}
         if self.target == "ema":
             found["target"] = "ema"
         if self.expert == "detail":
@@ -109,6 +101,31 @@ class Config:
                 yield field.name, "is the detail expert's; remove the key"
 
 
+class Further(NamedTuple):
+    """The level sigma_a of the adversarial pair, from that of the pair, sigma_e."""
+
+    c: Coeffs
+    n: Tensor  # noise
+    keep: Tensor  # (1 - sigma_a) / (1 - sigma_e), [B]
+    add: Tensor  # (sigma_a - sigma_e) / (1 - sigma_e), [B]
+
+    def noised(self, z: Tensor) -> Tensor:
+        """Return z of sigma_e at sigma_a, where n is z's own noise."""
+        return per_sample(self.keep, z) * z + per_sample(self.add, z) * self.n
+
+
+class Draws(NamedTuple):
+    """What a step of DCM draws."""
+
+    level: Level  # sigma
+    c_prev: Coeffs  # of sigma_prev
+    to_end: Tensor  # sigma_e - sigma, [B]
+    to_prev: Tensor  # sigma_prev - sigma, [B]
+    prev_to_end: Tensor  # sigma_e - sigma_prev, [B]
+    last: Tensor  # 1 where sigma is the expert's last point, else 0, [B]
+    adversarial: Further | None
+
+
 class DCM(Method):
     Config = Config
     renoises = False
@@ -147,71 +164,79 @@ class DCM(Method):
         """The teacher's blocks that the discriminator judges by."""
         return self.config.disc_layers or tuple(range(0, len(nets["teacher"].net.widths), 2))
 
-    def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng, carry: Carry) -> Loss:
-        """`trains` keeps the discriminator's parameters out of the student's gradient."""
+    def draw(self, phase: str, rng: Rng, shape: tuple[int, ...], carry: Carry) -> Draws | None:
+        """Draw i uniform over the expert's points, and the adversarial pair's level; the disc phase draws nothing."""
         if phase == "disc":
+            return None
+        points, eps = self.config.points, rng.normal(shape)
+        i = points.start + rng.integers(len(points))
+        e = phase_end(i, self.config.solver_steps, self.config.phases, points.start)
+        now, prev, end = self.sigmas[i + 1], self.sigmas[i], self.sigmas[e]
+        times, rows = [now, prev], [end - now, prev - now, end - prev, (i == points.start).double()]
+        if not self.config.adversarial:
+            (c, c_prev), lengths = send(self.schedule, times, eps, rows)
+            return Draws(Level(c, eps), c_prev, *lengths, adversarial=None)
+        j = e + (rng.uniform() * (points.stop - e)).long()  # U{e .. last point}
+        judged, n = self.sigmas[j], rng.normal(shape)
+        rows += [(1 - judged) / (1 - end), (judged - end) / (1 - end)]
+        (c, c_prev, c_judged), (*lengths, keep, add) = send(self.schedule, [*times, judged], eps, rows)
+        return Draws(Level(c, eps), c_prev, *lengths, adversarial=Further(c_judged, n, keep, add))
+
+    def loss(self, phase: str, nets: Nets, batch: Batch, draws: Draws | None, carry: Carry) -> Loss:
+        """`trains` keeps the discriminator's parameters out of the student's gradient."""
+        if draws is None:
             return self.disc_loss(nets, batch, carry)
         config = self.config
-        pair = self.pair(nets, batch, rng)
-        error = huber(pair.made, pair.wanted, config.huber_c)
+        pair = self.pair(nets, batch, draws)
+        made, wanted = pair
+        error = huber(made, wanted, config.huber_c)
         loss = error.mean()
         metrics: dict[str, Tensor | Share] = {"huber": loss.detach()}
-        metrics["loss_last"] = last_share(error, pair.last)
+        metrics["loss_last"] = last_share(error, draws.last)
         if config.temporal_weight:
-            loss = loss + config.temporal_weight * temporal(pair.made, pair.wanted, config.temporal_lag)
-        if config.adversarial:
-            hinge, features = self.fooling(nets, pair, batch, rng, carry)
-            loss = loss + config.adversarial_weight * (config.hinge_weight * hinge + config.feature_weight * features)
+            loss = loss + config.temporal_weight * temporal(made, wanted, config.temporal_lag)
+        if draws.adversarial is not None:
+            hinge, features = self.fooling(nets, pair, batch, draws.adversarial, carry)
+            weighted = config.hinge_weight * hinge + config.feature_weight * features
+            loss = loss + config.adversarial_weight * weighted
             metrics |= {"hinge": hinge.detach(), "features": features.detach()}
         return loss, metrics
 
-    def pair(self, nets: Nets, batch: Batch, rng: Rng) -> Pair:
-        """Return the student's jump and the target's, from a point i that is uniform over the expert's.
+    def pair(self, nets: Nets, batch: Batch, draws: Draws) -> Pair:
+        """Return where the student lands and where it should, both at sigma_prev_e.
 
         The target network is never the teacher, which cannot jump. The last point is of the phase that ends
         last: close to data, at sigma_prev_0, for the detail expert, at the boundary for the semantic one.
         """
         if batch.x0 is None:
             raise ValueError("method 'dcm' trains on latents; the data has prompts only")
-        points = self.config.points
-        i = points.start + rng.integers(len(points))
-        e = phase_end(i, self.config.solver_steps, self.config.phases, points.start)
-        sigma, sigma_prev, sigma_e = self.sigmas[i + 1], self.sigmas[i], self.sigmas[e]
-        x_t = add_noise(self.schedule, batch.x0, rng.normal(batch.latent_shape), sigma)
-        made = jump(x_t, nets["student"].raw(x_t, sigma, batch.cond), sigma, sigma_e)
+        c, x_t = draws.level.c, draws.level.noised(batch.x0)
+        made = jump(x_t, nets["student"].raw(x_t, c, batch.cond), draws.to_end)
         with torch.no_grad():
-            x_prev = jump(x_t, self.teacher_v(nets["teacher"], x_t, sigma, batch), sigma, sigma_prev)
+            v = nets["teacher"].guided(x_t, c, batch.cond, batch.uncond, self.guidance)
+            x_prev = jump(x_t, v, draws.to_prev)
             target = nets["target" if self.config.target == "ema" else "student"]
-            wanted = jump(x_prev, target.raw(x_prev, sigma_prev, batch.cond), sigma_prev, sigma_e)
-        return Pair(made, wanted, e, i == points.start)
+            wanted = jump(x_prev, target.raw(x_prev, draws.c_prev, batch.cond), draws.prev_to_end)
+        return made, wanted
 
-    def teacher_v(self, teacher: Denoiser, x_t: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
-        """Guided by one batched call; without the other side when guidance is off."""
-        if self.guidance == 1:
-            return teacher.raw(x_t, sigma, batch.cond)
-        v_c, v_u = teacher.raw_pair(x_t, sigma, batch.cond, batch.uncond)
-        return guide(v_u, v_c, self.guidance)
-
-    def fooling(self, nets: Nets, pair: Pair, batch: Batch, rng: Rng, carry: Carry) -> tuple[Tensor, Tensor]:
-        """(hinge, feature matching) of the pair noised to sigma_prev_j, j ~ U{e .. last point}, one noise for both."""
-        j = pair.e + (rng.uniform() * (self.config.points.stop - pair.e)).long()
-        sigma_e, sigma_a, n = self.sigmas[pair.e], self.sigmas[j], rng.normal(batch.latent_shape)
-        fake, real = (noise_further(z, n, sigma_e, sigma_a) for z in (pair.made, pair.wanted))
+    def fooling(self, nets: Nets, pair: Pair, batch: Batch, further: Further, carry: Carry) -> tuple[Tensor, Tensor]:
+        """Return (hinge, feature matching) of the pair noised to sigma_prev_j, with one noise for both."""
+        fake, real = (further.noised(z) for z in pair)
         # not the hidden states: those of a large model are gigabytes
-        carry["adversarial"] = fake.detach(), real, sigma_a
-        teacher, heads, layers = nets["teacher"], nets["disc"].net, self.layers(nets)
+        carry["adversarial"] = fake.detach(), real, further.c
+        heads, layers, model_t = gan.heads(nets), self.layers(nets), further.c.model_t
         with torch.no_grad():
-            aim, _ = heads(teacher.features(real, sigma_a, batch.cond, layers)[1])
-        projected, logits = heads(teacher.features(fake, sigma_a, batch.cond, layers)[1])
+            aim, _ = heads(nets["teacher"].features(real, model_t, batch.cond, layers)[1])
+        projected, logits = heads(nets["teacher"].features(fake, model_t, batch.cond, layers)[1])
         return gan.hinge_g(logits), gan.feature_matching(projected, aim)
 
     def disc_loss(self, nets: Nets, batch: Batch, carry: Carry) -> Loss:
-        """Hinge on the pair that the student's phase of this step made."""
-        fake, real, sigma_a = carry["adversarial"]
+        """Return the hinge on the pair that the student's phase of this step made."""
+        fake, real, c = carry["adversarial"]
         with torch.no_grad():
             z, cond = torch.cat([fake, real]), batch.cond.cat(batch.cond)
-            _, maps = nets["teacher"].features(z, sigma_a.repeat(2), cond, self.layers(nets))
-        return gan.hinge_d(*gan.halves(nets["disc"].net(maps)[1])), {}
+            _, maps = nets["teacher"].features(z, c.model_t.repeat(2), cond, self.layers(nets))
+        return gan.hinge_d(*gan.halves(gan.heads(nets)(maps)[1])), {}
 
     def sample(self, nets: Nets, noise: Tensor, cond: Cond, uncond: Cond, rng: Rng) -> Tensor:
         """Euler without guidance, semantic expert first; each step goes to the next time of the joined list.
@@ -241,14 +266,9 @@ def phase_end(i: Tensor, steps: int, phases: int, offset: int) -> Tensor:
     return starts[torch.searchsorted(starts, i, right=True) - 1]
 
 
-def jump(x: Tensor, v: Tensor, sigma: Tensor, sigma_to: Tensor) -> Tensor:
-    """x + (sigma_to - sigma) v, one Euler step; sigmas float64 [B] on the host."""
-    return x + _scale(sigma_to - sigma, x) * v
-
-
-def noise_further(z: Tensor, n: Tensor, sigma_e: Tensor, sigma_a: Tensor) -> Tensor:
-    """((1 - sigma_a) z + (sigma_a - sigma_e) n) / (1 - sigma_e): z of sigma_e, at sigma_a where n is z's own noise."""
-    return _scale((1 - sigma_a) / (1 - sigma_e), z) * z + _scale((sigma_a - sigma_e) / (1 - sigma_e), z) * n
+def jump(x: Tensor, v: Tensor, length: Tensor) -> Tensor:
+    """Return x + length v, one Euler step of sigma_to - sigma = length [B]."""
+    return x + per_sample(length, x) * v
 
 
 def temporal(a: Tensor, b: Tensor, lag: int) -> Tensor:
@@ -257,8 +277,3 @@ def temporal(a: Tensor, b: Tensor, lag: int) -> Tensor:
         raise ValueError(f"method.temporal_lag: {lag} is not under the {frames} latent frames; use less, or weight 0")
     error = a - b
     return (error[:, :, lag:] - error[:, :, :-lag]).square().mean()
-
-
-def _scale(w: Tensor, x: Tensor) -> Tensor:
-    """[B] on the host -> [B, 1, ..] beside x."""
-    return per_sample(w.to(x.dtype).to(x.device, non_blocking=True), x)

@@ -12,14 +12,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastdmd.denoiser import Batch, Cond, guide
+from fastdmd.batch import Batch, Cond
 from fastdmd.methods import gan
-from fastdmd.methods.method import Carry, Loss, Nets, Role
-from fastdmd.methods.score_distillation import ScoreConfig, ScoreDistillation
-from fastdmd.rng import Rng
-from fastdmd.rollout import Rollout
-from fastdmd.schedule import add_noise
-from fastdmd_kernels import dmd_loss
+from fastdmd.methods.method import Carry, How, Level, Loss, Nets
+from fastdmd.methods.score_distillation import Draws, ScoreConfig, ScoreDistillation
+from fastdmd_kernels import dmd_loss, guide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +27,8 @@ class Config(ScoreConfig):
     gan_layers: tuple[int, ...] = ()  # blocks of the critic, from 0, whose hidden states D judges by
 
     @property
-    def roles(self) -> Mapping[str, Role]:
-        heads: dict[str, Role] = {"disc": "heads"} if self.gan_weight else {}
+    def roles(self) -> Mapping[str, How]:
+        heads: dict[str, How] = {"disc": "heads"} if self.gan_weight else {}
         return {**super().roles, **heads}
 
     @property
@@ -54,46 +51,57 @@ class Config(ScoreConfig):
 class DMD(ScoreDistillation):
     Config = Config
 
+    @property
+    def judges(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.config.gan_weight > 0
+
     def trains(self, phase: str) -> tuple[str, ...]:
-        return ("critic", "disc") if phase == "critic" and self.config.gan_weight else (phase,)
+        return ("critic", "disc") if phase == "critic" and self.judges else (phase,)
 
     def make_heads(self, nets: Nets) -> gan.Heads:
         return gan.make_heads(nets["critic"], self.config.gan_layers, "method.gan_layers")
 
-    def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng, carry: Carry) -> Loss:
+    def loss(self, phase: str, nets: Nets, batch: Batch, draws: Draws, carry: Carry) -> Loss:
         """`trains` keeps the parameters of critic and heads out of the student's gradient."""
         if phase == "critic":
-            return (self.gan_critic_loss if self.config.gan_weight else self.critic_loss)(nets, batch, rng, carry)
-        made = self.rollout(nets, batch, rng, carry, grad=True)
+            if draws.gan is None:
+                return self.critic_loss(nets, batch, draws, carry)
+            return self.gan_critic_loss(nets, batch, draws, draws.gan, carry)
+        x0_g = self.rollout(nets, batch, draws, carry, grad=True)
         with torch.no_grad():
-            z, F_fake, F_c, F_u, c = self.scores(nets, made.x0_g.detach(), made, batch, rng)
-        mask = self.mask(made.x0_g)
-        loss, metrics = dmd_loss(made.x0_g, z, F_fake, F_c, F_u, c.a, c.b, self.config.guidance, mask)
-        if self.config.gan_weight:
-            shown = made._replace(x0_g=self.last_frames(made.x0_g))
-            fooled = gan.softplus_g(self.fake_logits(nets, shown, batch, rng))
+            z, F_fake, F_c, F_u, c = self.scores(nets, x0_g.detach(), batch, draws.score)
+        loss, metrics = dmd_loss(x0_g, z, F_fake, F_c, F_u, c.a, c.b, self.config.guidance, self.mask(x0_g))
+        if draws.gan is not None:
+            fooled = gan.softplus_g(self.fake_logits(nets, self.last_frames(x0_g), batch, draws.gan))
             loss, metrics = loss + self.config.gan_weight * fooled, {**metrics, "gan_student": fooled.detach()}
         return loss, metrics
 
-    def fake_logits(self, nets: Nets, made: Rollout, batch: Batch, rng: Rng) -> list[Tensor]:
-        """D of the student's samples at another score time; the gradient flows through the critic to them."""
-        s = self.score_time(rng, made)
-        z = add_noise(self.schedule, made.x0_g, rng.normal(batch.latent_shape), s)
-        _, maps = nets["critic"].features(z, s, batch.cond, self.config.gan_layers)
-        return nets["disc"].net(maps)[1]
+    def fake_logits(self, nets: Nets, x0_g: Tensor, batch: Batch, level: Level) -> list[Tensor]:
+        """Return D of the student's samples at another score time.
 
-    def gan_critic_loss(self, nets: Nets, batch: Batch, rng: Rng, carry: Carry) -> Loss:
-        """`critic_loss` and D's, by one call of the critic: fake and real at one score time, each with own noise."""
+        The gradient flows through the critic to them.
+        """
+        layers = self.config.gan_layers
+        _, maps = nets["critic"].features(level.noised(x0_g), level.c.model_t, batch.cond, layers)
+        return gan.heads(nets)(maps)[1]
+
+    def gan_critic_loss(self, nets: Nets, batch: Batch, draws: Draws, judged: Level, carry: Carry) -> Loss:
+        """Return `critic_loss` and D's, by one call of the critic.
+
+        Fake and real are at one score time, each with its own noise.
+        """
         if batch.x0 is None:
             raise ValueError("method.gan_weight > 0 needs data with latents; use 'shapes', or gan_weight = 0")
-        fake, s, target = self.critic_task(nets, batch, rng, carry)
-        real = add_noise(self.schedule, batch.x0, rng.normal(batch.latent_shape), s)
-        w = self.config.critic_train_guidance
-        calls = [(fake, batch.cond), (real, batch.cond)] + [(fake, batch.uncond)] * (w != 1)
+        fake, target = self.critic_task(nets, batch, draws, carry)
+        real, w = judged.noised(batch.x0), self.config.critic_train_guidance
+        calls = [(fake, batch.cond), (real, batch.cond)]
+        if w != 1:
+            calls.append((fake, batch.uncond))
         z, cond = torch.cat([x for x, _ in calls]), reduce(Cond.cat, [cond for _, cond in calls])
-        F, maps = nets["critic"].features(z, s.repeat(len(calls)), cond, self.config.gan_layers)
+        model_t = draws.score.c.model_t.repeat(len(calls))
+        F, maps = nets["critic"].features(z, model_t, cond, self.config.gan_layers)
         F_c, _, *F_u = F.chunk(len(calls))
-        _, logits = nets["disc"].net([x[: 2 * len(fake)] for x in maps])
-        judged = gan.softplus_d(*gan.halves(logits))
+        _, logits = gan.heads(nets)([x[: 2 * len(fake)] for x in maps])
         loss = ((guide(F_u[0], F_c, w) if F_u else F_c) - target).square().mean()
-        return loss + self.config.gan_critic_weight * judged, {"gan_critic": judged.detach()}
+        gan_loss = gan.softplus_d(*gan.halves(logits))
+        return loss + self.config.gan_critic_weight * gan_loss, {"gan_critic": gan_loss.detach()}

@@ -7,16 +7,16 @@ and seen at t = 0, those after it are left out (teacher forcing).
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastdmd.batch import Batch
 from fastdmd.causal import frame_blocks
-from fastdmd.denoiser import Batch
-from fastdmd.methods.method import Carry, Loss, Method, Nets
+from fastdmd.methods.method import Carry, Level, Loss, Method, Nets
 from fastdmd.rng import Rng
-from fastdmd.schedule import Schedule, add_noise, shift
+from fastdmd.schedule import Coeffs, Schedule, send, shift
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,13 @@ class Config:
             yield "frames_per_block", f"{self.frames_per_block} is not positive; Self-Forcing uses 3"
 
 
+class Draws(NamedTuple):
+    """What a step of flow matching draws."""
+
+    level: Level
+    before: list[Coeffs]  # of the clean blocks before the one that is noised
+
+
 class Flow(Method):
     Config = Config
     times = None
@@ -46,27 +53,36 @@ class Flow(Method):
     def phases(self, step: int) -> tuple[str, ...]:
         return ("student",)
 
-    def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng, carry: Carry) -> Loss:
+    def draw(self, phase: str, rng: Rng, shape: tuple[int, ...], carry: Carry) -> Draws:
+        per_block, block = self.config.frames_per_block, 0
+        if per_block is not None:
+            blocks = frame_blocks(shape[1], per_block)
+            block = rng.shared_integer(len(blocks))
+            C, _, H, W = shape
+            shape = (C, blocks[block].stop - blocks[block].start, H, W)
+        t, eps = self.draw_time(rng), rng.normal(shape)
+        (c, *before), _ = send(self.schedule, [t, *[torch.zeros_like(t)] * block], eps)
+        return Draws(Level(c, eps), before)
+
+    def loss(self, phase: str, nets: Nets, batch: Batch, draws: Draws, carry: Carry) -> Loss:
         if batch.x0 is None:
             raise ValueError("method 'flow' trains on latents; the data has prompts only")
         if self.config.frames_per_block is not None:
-            return self.block_loss(nets, batch, batch.x0, rng), {}
-        t, eps = self.draw_time(rng), rng.normal(batch.latent_shape)
-        F = nets["student"].raw(add_noise(self.schedule, batch.x0, eps, t), t, batch.cond)
-        return (F - self.schedule.target(batch.x0, eps, t)).square().mean(), {}
+            return self.block_loss(nets, batch, batch.x0, draws, self.config.frames_per_block), {}
+        level = draws.level
+        F = nets["student"].raw(level.noised(batch.x0), level.c, batch.cond)
+        return (F - self.schedule.target(batch.x0, level.eps, level.c)).square().mean(), {}
 
-    def block_loss(self, nets: Nets, batch: Batch, x0: Tensor, rng: Rng) -> Tensor:
-        """On one block of x0 [B, C, T, H, W]."""
-        assert self.config.frames_per_block is not None
-        blocks = frame_blocks(x0.shape[2], self.config.frames_per_block)
-        at = rng.shared_integer(len(blocks))
-        frames, t = blocks[at], self.draw_time(rng)
+    def block_loss(self, nets: Nets, batch: Batch, x0: Tensor, draws: Draws, per_block: int) -> Tensor:
+        """Return the loss on one block of x0 [B, C, T, H, W]."""
+        level, before = draws
+        blocks = frame_blocks(x0.shape[2], per_block)[: len(before) + 1]
+        frames = blocks[-1]
         clean, x0 = x0[:, :, : frames.start], x0[:, :, frames]
-        eps = rng.normal(x0.shape[1:])
-        x_t = torch.cat([clean, add_noise(self.schedule, x0, eps, t)], dim=2)
-        times = torch.cat([torch.zeros(len(t), at, dtype=t.dtype), t[:, None]], dim=1)
-        F = nets["student"].raw_blocks(x_t, times, batch.cond, [b.stop - b.start for b in blocks[: at + 1]])
-        return (F[:, :, frames] - self.schedule.target(x0, eps, t)).square().mean()
+        x_t = torch.cat([clean, level.noised(x0)], dim=2)
+        model_t = torch.stack([c.model_t for c in (*before, level.c)], dim=1)
+        F = nets["student"].raw_blocks(x_t, model_t, batch.cond, [b.stop - b.start for b in blocks])
+        return (F[:, :, frames] - self.schedule.target(x0, level.eps, level.c)).square().mean()
 
     def draw_time(self, rng: Rng) -> Tensor:
         u = rng.uniform()

@@ -11,6 +11,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from fastdmd.denoiser import Denoiser
+from fastdmd.methods.method import Nets
 
 MOST_GROUPS = 32
 
@@ -60,6 +61,13 @@ def make_heads(denoiser: Denoiser, layers: Sequence[int], key: str) -> Heads:
     if absent := [i for i in layers if not 0 <= i < len(widths)]:
         raise ValueError(f"{key}: no block {', '.join(map(str, absent))} in the network; use 0 to {len(widths) - 1}")
     return Heads(widths[i] for i in layers)
+
+
+def heads(nets: Nets) -> Heads:
+    """Return the discriminator among the networks."""
+    found: nn.Module = nets["disc"].net
+    assert isinstance(found, Heads)
+    return found
 
 
 def hinge_d(fake: Sequence[Tensor], real: Sequence[Tensor]) -> Tensor:

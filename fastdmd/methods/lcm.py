@@ -4,19 +4,20 @@ The student f(z, t) is made constant along a step of the teacher's guided ODE, f
 loss = d(f(z, t, w), sg(f_target(z', t', w))), w ~ U[guidance_range]. B batch.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastdmd.denoiser import Batch, Cond, Denoiser, guide
+from fastdmd.batch import Batch, Cond
+from fastdmd.denoiser import Denoiser
 from fastdmd.methods.consistency import Distance, Target, errors, last_share, target_warnings
-from fastdmd.methods.method import Carry, Loss, Method, Nets, Role
+from fastdmd.methods.method import Carry, How, Level, Loss, Method, Nets
 from fastdmd.rng import Rng
-from fastdmd.sampler import ode_step, renoise
-from fastdmd.schedule import FlowSchedule, Schedule, add_noise, per_sample, student_times, timestep_problems, wide
+from fastdmd.sampler import ode_step, renoise_along
+from fastdmd.schedule import Coeffs, FlowSchedule, Schedule, per_sample, send, student_times, timestep_problems
 
 SIGMA_DATA = 0.5
 
@@ -38,8 +39,8 @@ class Config:
     boundary_timestep_scaling: float = 10.0  # eps and v models
 
     @property
-    def roles(self) -> Mapping[str, Role]:
-        found: dict[str, Role] = {"student": "train", "teacher": "frozen"}
+    def roles(self) -> Mapping[str, How]:
+        found: dict[str, How] = {"student": "train", "teacher": "frozen"}
         if self.target == "ema":
             found["target"] = "ema"
         return found
@@ -60,6 +61,15 @@ class Config:
             yield "huber_c", f"{self.huber_c} is not positive; LCM uses 1e-3"
 
 
+class Draws(NamedTuple):
+    """What a step of consistency distillation draws."""
+
+    level: Level  # t, on the teacher's grid
+    then: Coeffs  # of t', the next time on the grid
+    w: Tensor  # guidance of the teacher's step, [B]
+    last: Tensor  # 1 where t' is the clean end, else 0, [B]
+
+
 class LCM(Method):
     Config = Config
 
@@ -76,51 +86,67 @@ class LCM(Method):
         """Yield what is known to go wrong with the target."""
         yield from target_warnings(self.config.target)
 
-    def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng, carry: Carry) -> Loss:
+    def draw(self, phase: str, rng: Rng, shape: tuple[int, ...], carry: Carry) -> Draws:
+        n, (low, high) = rng.integers(self.config.solver_steps), self.config.guidance_range
+        w, eps = low + (high - low) * rng.uniform(), rng.normal(shape)
+        last = (n == self.config.solver_steps - 1).double()
+        (now, then), (w, last) = self.points([self.grid[n], self.grid[n + 1]], eps, [w, last])
+        return Draws(Level(now, eps), then, w, last)
+
+    def loss(self, phase: str, nets: Nets, batch: Batch, draws: Draws, carry: Carry) -> Loss:
         if batch.x0 is None:
             raise ValueError("method 'lcm' trains on latents; the data has prompts only")
-        n, (low, high) = rng.integers(self.config.solver_steps), self.config.guidance_range
-        t, t_next = self.grid[n], self.grid[n + 1]
-        w = low + (high - low) * rng.uniform()
-        z = add_noise(self.schedule, batch.x0, rng.normal(batch.latent_shape), t)
+        now, then, w = draws.level.c, draws.then, draws.w
+        z, cond = draws.level.noised(batch.x0), self.with_guidance(batch.cond, w)
         with torch.no_grad():
-            z_next = ode_step(self.schedule, z, self.teacher_x0(nets["teacher"], z, t, batch, w), t, t_next)
+            z_next = ode_step(z, self.teacher_x0(nets["teacher"], z, now, batch, w), now, then)
             target = nets["target" if self.config.target == "ema" else "student"]
-            wanted = self.consistency(target, z_next, t_next, self.told(batch.cond, w))
-        made = self.consistency(nets["student"], z, t, self.told(batch.cond, w))
+            wanted = self.consistency(target, z_next, then, cond)
+        made = self.consistency(nets["student"], z, now, cond)
         error = errors(self.config.loss, made, wanted, self.config.huber_c)
-        return error.mean(), {"loss_last": last_share(error, n == self.config.solver_steps - 1)}
+        return error.mean(), {"loss_last": last_share(error, draws.last)}
 
     def sample(self, nets: Nets, noise: Tensor, cond: Cond, uncond: Cond, rng: Rng) -> Tensor:
-        """Multi-step consistency sampling (algorithm 3)."""
-        told = self.told(cond, torch.full((len(noise),), self.guidance, dtype=torch.float64))
+        """Return x0 by multi-step consistency sampling (algorithm 3)."""
+        w = torch.full((len(noise),), self.guidance, dtype=torch.float64)
+        steps, (w,) = self.points([t.expand(len(noise)) for t in self.times], noise, [w])
 
-        def denoise(x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-            return self.consistency(nets["student"], x_t, t, cond)
+        def denoise(x_t: Tensor, c: Coeffs, cond: Cond) -> Tensor:
+            return self.consistency(nets["student"], x_t, c, cond)
 
-        return renoise(denoise, self.schedule, noise, self.times, told, rng)
+        return renoise_along(denoise, noise, steps, self.with_guidance(cond, w), rng)
 
-    def teacher_x0(self, teacher: Denoiser, z: Tensor, t: Tensor, batch: Batch, w: Tensor) -> Tensor:
-        """Guided x0 with w [B]; without the other side where w is always 1."""
-        if self.config.guidance_range == (1, 1):
-            return teacher(z, t, batch.cond)
-        F_c, F_u = teacher.raw_pair(z, t, batch.cond, batch.uncond)
-        return teacher.x0(z, t, guide(F_u, F_c, per_sample(w.to(z), z)))
+    def teacher_x0(self, teacher: Denoiser, z: Tensor, c: Coeffs, batch: Batch, w: Tensor) -> Tensor:
+        """Return x0 guided with w [B]; without the other side where w is always 1."""
+        off = self.config.guidance_range == (1, 1)
+        return teacher.x0(z, c, teacher.guided(z, c, batch.cond, batch.uncond, 1.0 if off else w))
 
-    def consistency(self, net: Denoiser, z: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """f = c_skip z + c_out x0 (eq. 9), which is z at t = 0; a flow model's x0 = z - t v is that already.
+    def points(
+        self, times: Sequence[Tensor], like: Tensor, rows: Sequence[Tensor]
+    ) -> tuple[list[Coeffs], list[Tensor]]:
+        """Return the coefficients of times float64 [B], with the boundary condition's, and `rows` [B].
 
-        c_skip = d^2 / ((k n)^2 + d^2), c_out = k n / sqrt((k n)^2 + d^2), n the timestep index, k
-        `boundary_timestep_scaling`, d = 0.5.
+        c_skip = d^2 / ((k n)^2 + d^2), c_out = k n / sqrt((k n)^2 + d^2) (eq. 9), n the timestep index, k
+        `boundary_timestep_scaling`, d = 0.5. A flow model's x0 = z - t v is z at t = 0 already.
         """
-        x0 = net(z, t, cond)
         if isinstance(self.schedule, FlowSchedule):
-            return x0
-        scaled, variance = self.config.boundary_timestep_scaling * self.schedule.model_t(t), SIGMA_DATA**2
-        c_skip, c_out = variance / (scaled**2 + variance), scaled / (scaled**2 + variance).sqrt()
-        c_skip, c_out = (per_sample(c.to(wide(z)), z) for c in (c_skip, c_out))
-        return c_skip * z + c_out * x0
+            return send(self.schedule, times, like, rows)
+        edges, variance = [], SIGMA_DATA**2
+        for t in times:
+            scaled = self.config.boundary_timestep_scaling * self.schedule.model_t(t)
+            edges += [variance / (scaled**2 + variance), scaled / (scaled**2 + variance).sqrt()]
+        points, sent = send(self.schedule, times, like, [*edges, *rows])
+        edges, rows = sent[: len(edges)], sent[len(edges) :]
+        pairs = zip(points, edges[::2], edges[1::2], strict=True)
+        return [c._replace(skip=skip, out=out) for c, skip, out in pairs], rows
 
-    def told(self, cond: Cond, w: Tensor) -> Cond:
-        """The condition of student and target, w [B] with it if it has an embedding."""
-        return replace(cond, guidance=w.float().to(cond.text.device)) if self.config.guidance_embedding else cond
+    def consistency(self, net: Denoiser, z: Tensor, c: Coeffs, cond: Cond) -> Tensor:
+        """Return f = c_skip z + c_out x0 (eq. 9), which is z at t = 0."""
+        x0 = net(z, c, cond)
+        if c.skip is None or c.out is None:
+            return x0
+        return per_sample(c.skip, z) * z + per_sample(c.out, z) * x0
+
+    def with_guidance(self, cond: Cond, w: Tensor) -> Cond:
+        """Return the condition of student and target, with w [B] if they have an embedding of it."""
+        return replace(cond, guidance=w.float()) if self.config.guidance_embedding else cond

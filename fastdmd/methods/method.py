@@ -1,16 +1,19 @@
 """What an objective is. It owns mathematics only: no optimizer, device, checkpoint or `requires_grad`."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastdmd.denoiser import Batch, Cond, Denoiser
+from fastdmd.batch import Batch, Cond
+from fastdmd.denoiser import Denoiser
 from fastdmd.rng import Rng
+from fastdmd.schedule import Coeffs, add_noise
 
 # "train" and "frozen" have weights of their own, "ema" follows the student, "heads" start at random
-Role = Literal["train", "frozen", "ema", "heads"]
+How = Literal["train", "frozen", "ema", "heads"]
 TRAINABLE = ("student", "critic", "disc")  # the roles that some method trains
 Nets = Mapping[str, Denoiser]
 Carry = MutableMapping[str, Any]  # what the phases of one step share
@@ -41,7 +44,7 @@ class MethodConfig(Protocol):
     def name(self) -> str: ...
 
     @property
-    def roles(self) -> Mapping[str, Role]: ...
+    def roles(self) -> Mapping[str, How]: ...
 
     @property
     def needs_latents(self) -> bool:
@@ -49,38 +52,57 @@ class MethodConfig(Protocol):
         ...
 
 
-class Method(Protocol):
-    """One objective, made from its table, the noise schedule and the tables that it uses."""
+class Method(ABC):
+    """One objective, made from its table, the noise schedule and the tables that it uses.
 
-    times: Any  # Tensor float64 [n], the student's own times, descending; or None: it has no few-step sampler
+    Everything random of a phase is in its `draw`, which is made before it on the host; `loss` sees no generator,
+    makes no constant on the device and reads nothing back, so that a phase can be captured as one graph.
+    """
+
+    times: Any  # Tensor float64 [n], the student's own times, descending; None: it has no few-step sampler
     guidance: float  # of the teacher that the student is made after; 1 is off
     few_grid: Tensor | None = None  # float64 [steps + 1], of a teacher at the student's steps; None: solver_grid(n)
     frames_per_block: int | None = None  # of a many-step causal model, which has no times
     renoises: bool = True  # between its times, as diffusers' LCM scheduler does; else it takes Euler steps
 
+    @abstractmethod
     def phases(self, step: int) -> tuple[str, ...]:
-        """What step `step` does, in order."""
-        ...
+        """Return what step `step` does, in order."""
 
     def trains(self, phase: str) -> tuple[str, ...]:
-        """The roles that a phase updates."""
+        """Return the roles that a phase updates."""
         return (phase,)
 
-    def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng, carry: Carry) -> Loss:
-        """(loss, metrics) of a micro-batch."""
-        ...
+    @abstractmethod
+    def draw(self, phase: str, rng: Rng, shape: tuple[int, ...], carry: Carry) -> Any:
+        """Return all that a phase draws for a micro-batch of latents [B, *shape], with its coefficients."""
+
+    @abstractmethod
+    def loss(self, phase: str, nets: Nets, batch: Batch, draws: Any, carry: Carry) -> Loss:
+        """Return (loss, metrics) of a micro-batch."""
 
     def warnings(self) -> Iterator[str]:
         """Yield one line for each choice of the configuration that is allowed and known to go wrong."""
         yield from ()
 
     def sample(self, nets: Nets, noise: Tensor, cond: Cond, uncond: Cond, rng: Rng) -> Tensor:
-        """x0 [B, C, ..] by the student's few steps, when it has `times`."""
+        """Return x0 [B, C, ..] by the student's few steps, when it has `times`."""
         raise NotImplementedError
 
-    def make_heads(self, nets: Nets) -> nn.Module:
-        """The network of a role with "heads", with random weights."""
+    def make_heads(self, nets: Nets) -> Any:
+        """Return the module of a role with "heads", with random weights; `gan.heads` is who finds it again."""
         raise NotImplementedError
+
+
+class Level(NamedTuple):
+    """A noise level and the noise of a micro-batch."""
+
+    c: Coeffs
+    eps: Tensor  # [B, C, ..]
+
+    def noised(self, x0: Tensor) -> Tensor:
+        """Return x0 at this level."""
+        return add_noise(x0, self.eps, self.c)
 
 
 def mean_metrics(micro: Sequence[Metrics]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

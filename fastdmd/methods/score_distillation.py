@@ -3,7 +3,7 @@
 DMD 2311.18828, DMD2 2405.14867, Self-Forcing 2506.08009. B batch; latents [B, C, T, H, W].
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from fastdmd import rollout as rollouts
+from fastdmd.batch import Batch, Cond
 from fastdmd.causal import sample_blocks
-from fastdmd.denoiser import Batch, Cond, Denoiser, guide
-from fastdmd.methods.method import Carry, Loss, Method, Nets, Role
+from fastdmd.methods.method import Carry, How, Level, Loss, Method, Nets
 from fastdmd.rng import Rng
 from fastdmd.sampler import renoise
-from fastdmd.schedule import Coeffs, Schedule, add_noise, coeffs, shift, student_times, timestep_problems, unshift
+from fastdmd.schedule import Coeffs, Schedule, send, shift, student_times, timestep_problems, unshift
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class ScoreConfig:
     score_window: Literal["none", "lower", "upper", "both"] = "none"
 
     @property
-    def roles(self) -> Mapping[str, Role]:
+    def roles(self) -> Mapping[str, How]:
         return {"student": "train", "teacher": "frozen", "critic": "train"}
 
     @property
@@ -71,8 +71,17 @@ class ScoreConfig:
             yield "score_timestep_range", f"[{low}, {high}] is not ascending inside (0, 1]; e.g. [0.02, 0.98]"
 
 
+class Draws(NamedTuple):
+    """What a phase of score distillation draws."""
+
+    rollout: rollouts.Draws | None  # None: an earlier phase of the step has made it
+    steps: Sequence[Coeffs]  # of the rollout
+    score: Level  # at which student's samples are judged, or the critic learns
+    gan: Level | None  # at which the discriminator judges
+
+
 class Scores(NamedTuple):
-    """Both scores at z, the student's output noised to score time s."""
+    """Both scores at z, the student's output noised to the score time."""
 
     z: Tensor
     F_fake: Tensor
@@ -83,6 +92,8 @@ class Scores(NamedTuple):
 
 class ScoreDistillation(Method):
     """Base of DMD and SiD; they add the student's loss."""
+
+    judges = False  # whether a discriminator judges in both phases
 
     def __init__(self, config: Any, schedule: Schedule, *, rollout: rollouts.Config, critic: CriticConfig) -> None:
         self.config, self.schedule, self.rollout_config = config, schedule, rollout
@@ -103,36 +114,53 @@ class ScoreDistillation(Method):
             return sample_blocks(student, noise, self.times, how.blocks(noise.shape[2]), how.context_noise, cond, rng)
         return renoise(student, self.schedule, noise, self.times, cond, rng)
 
-    def rollout(self, nets: Nets, batch: Batch, rng: Rng, carry: Carry, grad: bool) -> rollouts.Rollout:
-        """The step's rollout: made by its first phase, without gradient for the others."""
-        if "rollout" not in carry:
-            made = rollouts.rollout(nets["student"], batch, self.times, self.rollout_config, rng, grad)
-            carry["rollout"] = made.detach()
-            return made
-        return carry["rollout"]
+    def draw(self, phase: str, rng: Rng, shape: tuple[int, ...], carry: Carry) -> Draws:
+        made = None
+        if "window" not in carry:
+            made = rollouts.draw(self.times, self.rollout_config, shape, rng)
+            carry["window"] = made.window
+        times, noise = [self.score_time(rng, carry["window"])], [rng.normal(shape)]
+        if self.judges:
+            # the critic's phase judges at its own score time, with another noise
+            times.append(times[0] if phase == "critic" else self.score_time(rng, carry["window"]))
+            noise.append(rng.normal(shape))
+        walked = [] if made is None else made.host_times()
+        coeffs, _ = send(self.schedule, [*times, *walked], noise[0])
+        levels = [Level(c, eps) for c, eps in zip(coeffs, noise, strict=False)]
+        return Draws(made, coeffs[len(times) :], levels[0], levels[1] if self.judges else None)
 
-    def score_time(self, rng: Rng, made: rollouts.Rollout) -> Tensor:
-        """s float64 [B], one for all frames: u ~ U[0, 1), shifted, then clamped to the range.
+    def rollout(self, nets: Nets, batch: Batch, draws: Draws, carry: Carry, grad: bool) -> Tensor:
+        """Return the step's x0_g: made by its first phase, without gradient for the others."""
+        if draws.rollout is None:
+            return carry["x0_g"]
+        x0_g = rollouts.rollout(nets["student"], batch, draws.rollout, draws.steps, self.rollout_config, grad)
+        carry["x0_g"] = x0_g.detach()
+        return x0_g
+
+    def score_time(self, rng: Rng, window: rollouts.Window) -> Tensor:
+        """Return s float64 [B], one for all frames: u ~ U[0, 1), shifted, then clamped to the range.
 
         A window cuts the shifted law to (next step's time, exit step's time) before the clamp.
         """
-        window = self.config.score_window
-        low = made.next_t if window in ("lower", "both") else 0.0
-        high = made.exit_t if window in ("upper", "both") else 1.0
+        cut = self.config.score_window
+        low = window.next_t if cut in ("lower", "both") else 0.0
+        high = window.exit_t if cut in ("upper", "both") else 1.0
         u_low, u_high = (unshift(torch.tensor(edge, dtype=torch.float64), self.score_shift) for edge in (low, high))
         s = shift(u_low + (u_high - u_low) * rng.uniform(), self.score_shift)
         return s.clamp(*self.config.score_timestep_range)
 
-    def scores(self, nets: Nets, x0: Tensor, made: rollouts.Rollout, batch: Batch, rng: Rng) -> Scores:
-        """Critic and teacher at z = alpha(s) x0 + sigma(s) eps; guidance is one batched call, left out when off."""
-        config, s = self.config, self.score_time(rng, made)
-        z = add_noise(self.schedule, x0, rng.normal(batch.latent_shape), s)
-        F_fake = guided(nets["critic"], z, s, batch, config.critic_guidance)
+    def scores(self, nets: Nets, x0: Tensor, batch: Batch, level: Level) -> Scores:
+        """Return critic and teacher at z = alpha(s) x0 + sigma(s) eps.
+
+        Guidance is one batched call, left out when off.
+        """
+        config, z, c = self.config, level.noised(x0), level.c
+        F_fake = nets["critic"].guided(z, c, batch.cond, batch.uncond, config.critic_guidance)
         if config.guidance == 1:
-            F_c, F_u = nets["teacher"].raw(z, s, batch.cond), None
+            F_c, F_u = nets["teacher"].raw(z, c, batch.cond), None
         else:
-            F_c, F_u = nets["teacher"].raw_pair(z, s, batch.cond, batch.uncond)
-        return Scores(z, F_fake, F_c, F_u, coeffs(self.schedule, s, z))
+            F_c, F_u = nets["teacher"].raw_pair(z, c, batch.cond, batch.uncond)
+        return Scores(z, F_fake, F_c, F_u, c)
 
     def mask(self, x0: Tensor) -> Tensor | None:
         """Which elements carry the loss: the last `grad_frames` frames of [B, C, T, H, W], or all."""
@@ -147,22 +175,17 @@ class ScoreDistillation(Method):
         mask = self.mask(x0)
         return x0 if mask is None else torch.where(mask, x0, x0.detach())
 
-    def critic_loss(self, nets: Nets, batch: Batch, rng: Rng, carry: Carry) -> Loss:
-        """mean((F_critic(z, s) - target)^2) on the student's samples, conditional unless `critic_train_guidance`."""
-        z, s, target = self.critic_task(nets, batch, rng, carry)
-        F = guided(nets["critic"], z, s, batch, self.config.critic_train_guidance)
+    def critic_loss(self, nets: Nets, batch: Batch, draws: Draws, carry: Carry) -> Loss:
+        """Return mean((F_critic(z, s) - target)^2) on the student's samples.
+
+        It is conditional unless `critic_train_guidance`.
+        """
+        z, target = self.critic_task(nets, batch, draws, carry)
+        w = self.config.critic_train_guidance
+        F = nets["critic"].guided(z, draws.score.c, batch.cond, batch.uncond, w)
         return (F - target).square().mean(), {}
 
-    def critic_task(self, nets: Nets, batch: Batch, rng: Rng, carry: Carry) -> tuple[Tensor, Tensor, Tensor]:
-        """(z, s, target): a sample of the student noised to a score time, and the F to learn there."""
-        made = self.rollout(nets, batch, rng, carry, grad=False)
-        s, eps = self.score_time(rng, made), rng.normal(batch.latent_shape)
-        return add_noise(self.schedule, made.x0_g, eps, s), s, self.schedule.target(made.x0_g, eps, s)
-
-
-def guided(net: Denoiser, z: Tensor, s: Tensor, batch: Batch, w: float) -> Tensor:
-    """F under guidance w, one batched call; without the other side when w is 1."""
-    if w == 1:
-        return net.raw(z, s, batch.cond)
-    F_c, F_u = net.raw_pair(z, s, batch.cond, batch.uncond)
-    return guide(F_u, F_c, w)
+    def critic_task(self, nets: Nets, batch: Batch, draws: Draws, carry: Carry) -> tuple[Tensor, Tensor]:
+        """Return (z, target): a sample of the student noised to the score time, and the F to learn there."""
+        x0_g = self.rollout(nets, batch, draws, carry, grad=False)
+        return draws.score.noised(x0_g), self.schedule.target(x0_g, draws.score.eps, draws.score.c)

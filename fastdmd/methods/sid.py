@@ -6,10 +6,9 @@ Differs from DMD in one thing: z is not detached, and the gradient flows through
 from dataclasses import dataclass
 from typing import Literal
 
-from fastdmd.denoiser import Batch
+from fastdmd.batch import Batch
 from fastdmd.methods.method import Carry, Loss, Nets
-from fastdmd.methods.score_distillation import ScoreConfig, ScoreDistillation
-from fastdmd.rng import Rng
+from fastdmd.methods.score_distillation import Draws, ScoreConfig, ScoreDistillation
 from fastdmd_kernels import sid_loss
 
 
@@ -22,10 +21,10 @@ class Config(ScoreConfig):
 class SiD(ScoreDistillation):
     Config = Config
 
-    def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng, carry: Carry) -> Loss:
+    def loss(self, phase: str, nets: Nets, batch: Batch, draws: Draws, carry: Carry) -> Loss:
         """Student: eq. 23 with the normaliser of DMD. `trains` keeps both scores' parameters out of the gradient."""
         if phase == "critic":
-            return self.critic_loss(nets, batch, rng, carry)
-        x0_g = self.last_frames(self.rollout(nets, batch, rng, carry, grad=True).x0_g)
-        z, F_fake, F_c, F_u, c = self.scores(nets, x0_g, carry["rollout"], batch, rng)
+            return self.critic_loss(nets, batch, draws, carry)
+        x0_g = self.last_frames(self.rollout(nets, batch, draws, carry, grad=True))
+        z, F_fake, F_c, F_u, c = self.scores(nets, x0_g, batch, draws.score)
         return sid_loss(x0_g, z, F_fake, F_c, F_u, c.a, c.b, self.config.guidance, self.config.alpha)

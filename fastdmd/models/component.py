@@ -2,15 +2,17 @@
 
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from fastdmd.models.net import Net
 
 WEIGHTS = "diffusion_pytorch_model"
 
@@ -36,42 +38,102 @@ def known(raw: Mapping[str, Any], cls: Any) -> dict[str, Any]:
     return {key: tuple(x) if isinstance(x, list) else x for key, x in raw.items() if key in names}
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a component, from one safetensors file or from shards with an index."""
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a component, by the names of a network: shapes at once, values one by one as they are read."""
+
+    path: Path
+    shapes: Mapping[str, tuple[int, ...]]
+    places: Mapping[str, tuple[Path, str] | None]  # file, and the name there; None: zeros
+
+    def renamed(self, change: Callable[[str], str]) -> "Weights":
+        """Return the same tensors by other names."""
+        shapes = {change(name): shape for name, shape in self.shapes.items()}
+        return Weights(self.path, shapes, {change(name): place for name, place in self.places.items()})
+
+    def with_zeros(self, shapes: Mapping[str, tuple[int, ...]]) -> "Weights":
+        """Return them with zeros of these shapes beside."""
+        places = {**self.places, **dict.fromkeys(shapes)}
+        return Weights(self.path, {**self.shapes, **shapes}, places)
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Read every tensor once, file by file; only one is in memory at a time."""
+        files: dict[Path, dict[str, str]] = {}
+        for name, place in self.places.items():
+            if place is None:
+                yield name, torch.zeros(self.shapes[name])
+            else:
+                files.setdefault(place[0], {})[place[1]] = name
+        for file, names in files.items():
+            with safe_open(file, "pt") as tensors:
+                for there, name in names.items():
+                    yield name, tensors.get_tensor(there)
+
+    def check(self, expected: Mapping[str, Tensor]) -> None:
+        """Raise ValueError where they are not those of the network that the component's config.json describes."""
+        wrong = [f"{name} is missing" for name in expected if name not in self.shapes]
+        wrong += [f"{name} is unknown" for name in self.shapes if name not in expected]
+        wrong += [
+            f"{name} is {list(self.shapes[name])}, not {list(value.shape)}"
+            for name, value in expected.items()
+            if name in self.shapes and self.shapes[name] != tuple(value.shape)
+        ]
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise ValueError(
+                f"{self.path.parent}: the weights of {self.path.name} do not fit its config.json: "
+                f"{', '.join(wrong[:3])}{more}; download or save the folder again"
+            )
+
+
+def open_weights(path: Path) -> Weights:
+    """Return the tensors of a component, from one safetensors file or from shards with an index."""
     single, index = (path / f"{WEIGHTS}.safetensors{end}" for end in ("", ".index.json"))
     if single.is_file():
-        return _read(single)
-    if not index.is_file():
+        files = [single]
+    elif index.is_file():
+        files = [path / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    else:
         raise ValueError(
             f"{path.parent}: {path.name} has neither {single.name} nor {index.name}; only safetensors are read, "
             "so save it with safe_serialization"
         )
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    return {key: value for name in names for key, value in _read(path / name).items()}
+    shapes, places = {}, {}
+    for file in files:
+        for name, shape in _shapes(file).items():
+            shapes[name], places[name] = shape, (file, name)
+    return Weights(path, shapes, places)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a file's tensors; only its header is read."""
     try:
-        return load_file(path)
+        with safe_open(file, "pt") as tensors:
+            names = tensors.keys()
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
     except (FileNotFoundError, SafetensorError) as e:
-        raise ValueError(f"{path} cannot be read ({e}); download or save the folder again") from None
+        raise ValueError(f"{file} cannot be read ({e}); download or save the folder again") from None
 
 
-def check_fit(path: Path, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """ValueError where a component's weights are not those of the network that its config.json describes."""
-    wrong = [f"{name} is missing" for name in expected if name not in weights]
-    wrong += [f"{name} is unknown" for name in weights if name not in expected]
-    wrong += [
-        f"{name} is {list(weights[name].shape)}, not {list(value.shape)}"
-        for name, value in expected.items()
-        if name in weights and weights[name].shape != value.shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(
-            f"{path.parent}: the weights of {path.name} do not fit its config.json: {', '.join(wrong[:3])}{more}; "
-            "download or save the folder again"
-        )
+def read_into(
+    net: Net, weights: Weights, device: torch.device, dtype: torch.dtype, trained: Container[str] = ()
+) -> dict[str, Tensor]:
+    """Read a network's tensors one by one, each cast as it is read, and return the masters of `trained` names.
+
+    Peak memory is the network in its compute dtype, the float32 masters of what is trained and rounded, and one
+    tensor. Names are those without adapters, whose layers hold theirs at `.base_layer`.
+    """
+    names = {name.replace(".base_layer", ""): name for name, _ in net.named_parameters()}
+    masters = {}
+    for name, value in weights:
+        owner, _, leaf = names[name].rpartition(".")
+        keeps = net.keeps_float32(name)
+        # a copy: tensors read on the CPU are views of the file, which may be written over while a run goes on
+        cast = value.to(device, torch.float32 if keeps else dtype, copy=True)
+        setattr(net.get_submodule(owner), leaf, nn.Parameter(cast, requires_grad=False))
+        if names[name] in trained and cast.dtype != torch.float32:
+            masters[names[name]] = value.to(device, torch.float32, copy=True)
+    return masters
 
 
 def write(path: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:

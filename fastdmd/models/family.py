@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdmd.denoiser import Cond
+from fastdmd.batch import Cond
+from fastdmd.models.component import Weights
+from fastdmd.models.net import Net
 from fastdmd.models.sdxl import folder as sdxl_folder
 from fastdmd.models.sdxl import frozen as frozen_sdxl
 from fastdmd.models.sdxl.net import SDXL
@@ -40,8 +42,8 @@ class Family:
     told: tuple[str, ...]  # of an architecture, the widths of prompts' embeddings: of Cond.text, Cond.pooled
     latent_axes: tuple[str, ...]  # of latents [B, C, ..], by the data's keys
     read_config: Callable[[Path], Any]
-    make: Callable[[Any, Options], Any]  # random weights, on torch's current device
-    load: Callable[[Path, torch.device, Options], Any]
+    make: Callable[[Any, Options], Net]  # random weights, on torch's current device
+    open_weights: Callable[[Path, Any], Weights]  # of a folder, by the names of a network
     # (a re-noising student's times or None, schedule, folder of the frozen parts) -> diffusers'; ValueError for none
     make_scheduler: Callable[[Sequence[float] | None, Any, Path | None], Any]
     # (out, architecture, weights, scheduler, folder of the frozen parts)
@@ -53,10 +55,6 @@ def _make_wan(config: Any, options: Options) -> Wan:
     return (CausalWan if options.causal else Wan)(config, options.tile)
 
 
-def _load_wan(path: Path, device: torch.device, options: Options) -> Wan:
-    return wan_folder.load(path, device, options.tile, CausalWan if options.causal else Wan)
-
-
 def _told(config: Any, options: Options) -> int | None:
     """The width of the guidance embedding."""
     return (config.time_cond_proj_dim or GUIDANCE_EMBEDDING) if options.guidance_embedding else None
@@ -64,10 +62,6 @@ def _told(config: Any, options: Options) -> int | None:
 
 def _make_sdxl(config: Any, options: Options) -> SDXL:
     return SDXL(sdxl_folder.with_guidance(config, _told(config, options)))
-
-
-def _load_sdxl(path: Path, device: torch.device, options: Options) -> SDXL:
-    return sdxl_folder.load(path, device, _told(sdxl_folder.read_config(path), options))
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -80,7 +74,7 @@ FAMILIES: Mapping[str, Family] = {
         latent_axes=("frames", "resolution", "resolution"),
         read_config=wan_folder.read_config,
         make=_make_wan,
-        load=_load_wan,
+        open_weights=wan_folder.open_weights,
         make_scheduler=wan_folder.make_scheduler,
         export=wan_folder.export,
         lora_prefix="transformer.",
@@ -94,7 +88,7 @@ FAMILIES: Mapping[str, Family] = {
         latent_axes=("resolution", "resolution"),
         read_config=sdxl_folder.read_config,
         make=_make_sdxl,
-        load=_load_sdxl,
+        open_weights=sdxl_folder.open_weights,
         make_scheduler=sdxl_folder.make_scheduler,
         export=sdxl_folder.export,
         lora_prefix="",  # the names have "unet." already

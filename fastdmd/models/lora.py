@@ -4,8 +4,8 @@ The names of a network change: a target's own weight is at `TARGET.base_layer.we
 `TARGET.lora_A.default.weight` and `TARGET.lora_B.default.weight`. Layers outside the targets keep theirs.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +16,6 @@ from torch import Tensor, nn
 ADAPTER = "default"
 # a target is the end of a module's name
 WAN_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-SDXL_TARGETS = (  # LCM-LoRA (2311.05556)
-    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
-    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,23 +36,45 @@ class LoraConfig:
             yield "targets", f"is empty; e.g. {list(WAN_TARGETS)}"
 
 
-def add_lora(module: nn.Module, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
-    """Put adapters into every layer whose name ends in a target; nothing else of the module stays trainable.
+def add_lora(module: nn.Module, rank: int, alpha: float, targets: Sequence[str]) -> None:
+    """Put adapters into every layer whose name ends in a target, without values that mean anything: `start_lora`.
 
-    A is drawn from the seed and B is zero: the network starts as it was. ValueError for a target that is no layer.
+    Raise ValueError for a target that is no layer.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    names = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d | nn.Conv3d)]
+    kinds = nn.Linear | nn.Conv2d | nn.Conv3d
+    names = [name for name, layer in module.named_modules() if isinstance(layer, kinds)]
     if absent := [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in names)]:
         raise ValueError(f"lora.targets: no layer is called {', '.join(absent)}; the last is called {names[-1]}")
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))  # type: ignore[arg-type]
+    inject_adapter_in_model(config, module, ADAPTER)
+
+
+def start_lora(module: nn.Module, seed: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Draw A of every adapter from the seed and set B to zero, so that the network starts as it was.
+
+    Return the float32 masters by name, where dtype is another. A is drawn uniform as a linear layer's weight
+    (Kaiming, a = sqrt(5)); first A and B are drawn in vain, as peft does, whose draws these are.
+    """
+    masters: dict[str, Tensor] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(config, module, ADAPTER)
-    adapters = lora_parameters(module)
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(name in adapters)
+        for name, _ in list(module.named_modules()):
+            if not name.endswith(f".lora_A.{ADAPTER}"):
+                continue
+            layer = name.removesuffix(f".lora_A.{ADAPTER}")
+            b_name = f"{layer}.lora_B.{ADAPTER}"
+            parts = {each: module.get_submodule(each) for each in (name, b_name)}
+            a, b = (torch.empty(part.get_parameter("weight").shape) for part in parts.values())
+            for drawn in (a, b, a):
+                nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
+            for (each, part), value in zip(parts.items(), (a, b.zero_()), strict=True):
+                master = value.to(device)
+                part.weight = nn.Parameter(master.to(dtype, copy=True), requires_grad=False)
+                if dtype != torch.float32:
+                    masters[f"{each}.weight"] = master
+    return masters
 
 
 def lora_parameters(module: nn.Module, whole: Sequence[str] = ()) -> dict[str, nn.Parameter]:
@@ -81,28 +99,6 @@ def merged(module: nn.Module) -> dict[str, Tensor]:
         if isinstance(layer, LoraLayer):
             found[f"{name}.weight"] += layer.get_delta_weight(ADAPTER)  # type: ignore[attr-defined]
     return found
-
-
-@contextmanager
-def lora_off(module: nn.Module) -> Iterator[None]:
-    """The network without its adapters: a teacher that shares the student's base.
-
-    Gradient checkpoints taken inside would be recomputed with the adapters on, which torch refuses in the backward:
-    call it under no_grad, or without checkpointing.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
-    trained = {p: p.requires_grad for p in lora_parameters(module).values()}  # peft sets it as it likes
-    try:
-        for layer in layers:
-            layer.enable_adapters(False)
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-        for parameter, on in trained.items():
-            parameter.requires_grad_(on)
 
 
 def export_lora(path: Path, weights: Mapping[str, Tensor], rank: int, alpha: float, prefix: str = "") -> None:

@@ -139,7 +139,7 @@ def nothing_loads(place, monkeypatch):
         pytest.fail("loaded before the configuration was checked")
 
     monkeypatch.chdir(place)
-    monkeypatch.setattr(component, "load_file", load)
+    monkeypatch.setattr(component, "open_weights", load)
     monkeypatch.setattr(torch.nn.Module, "__init__", load)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)

@@ -14,11 +14,11 @@ from tiny import DMD, write_encoded
 from torch import Tensor
 
 from fastdmd import config as configs
+from fastdmd.batch import Cond
 from fastdmd.data import encoded
 from fastdmd.data.encoded import read_folders, read_sample
 from fastdmd.data.table import Config
 from fastdmd.data.world import EncodedWorld, make_world
-from fastdmd.denoiser import Cond
 from fastdmd.models.family import FAMILIES
 from fastdmd.models.wan import folder as wan_folder
 from fastdmd.rng import Rng

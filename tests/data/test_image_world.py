@@ -12,16 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastdmd.batch import Cond
 from fastdmd.data import shapes
 from fastdmd.data.shapes import COLOURS, IMAGE_CAPTIONS, SHAPES, SPECKLE
 from fastdmd.data.table import Config
 from fastdmd.data.world import ImageShapesWorld, ShapesWorld, make_world
-from fastdmd.denoiser import Cond
 from fastdmd.models.family import FAMILIES
 from fastdmd.models.sdxl.folder import Noise
 from fastdmd.rng import Rng
 from fastdmd.sampler import ode
-from fastdmd.schedule import add_noise
+from fastdmd.schedule import add_noise, coeffs
 
 H, W = SIZE = 12, 12
 CPU = torch.device("cpu")
@@ -192,7 +192,7 @@ def test_oracle_bears_the_noise_that_a_solver_ends_with():
     image, caption = real()
     noise = Rng(1, 0, "noise", range(len(image)), "cpu").normal(image.shape[1:])
     end = torch.zeros(len(image), dtype=torch.float64)
-    assert share_right(add_noise(VP, image, noise, end), caption) == 1
+    assert share_right(add_noise(image, noise, coeffs(VP, end, image)), caption) == 1
 
 
 @pytest.mark.parametrize("part", [0, 1], ids=["shape", "colour"])
@@ -275,8 +275,8 @@ def test_posterior_mean_is_that_of_brute_force(index):
     x0, caption = real(6, seed=1)
     t = torch.full((6,), (index + 1) / 1000, dtype=torch.float64)
     assert VP.model_t(t).tolist() == [index] * 6
-    x_t = add_noise(VP, x0, Rng(1, 0, "noise", range(6), "cpu").normal(x0.shape[1:]), t)
-    got = shapes.AnalyticDenoiser(VP)(x_t, t, WORLD.cond([IMAGE_CAPTIONS[q] for q in caption]))
+    x_t = add_noise(x0, Rng(1, 0, "noise", range(6), "cpu").normal(x0.shape[1:]), coeffs(VP, t, x0))
+    got = shapes.posterior_mean(x_t, coeffs(VP, t, x_t), WORLD.cond([IMAGE_CAPTIONS[q] for q in caption]))
     assert got.shape == x_t.shape
     a, s = VP.alphas_cumprod[index].sqrt().item(), (1 - VP.alphas_cumprod[index]).sqrt().item()
     want = torch.stack([brute_force(x, a, s, int(q)) for x, q in zip(x_t, caption, strict=True)])
@@ -288,7 +288,7 @@ def test_many_steps_make_real_images_and_four_do_not():
     caption = torch.arange(len(IMAGE_CAPTIONS)).repeat(4)
     cond = Cond(shapes.embed([IMAGE_CAPTIONS[q] for q in caption]))
     noise = Rng(0, 0, "sample", range(len(caption)), "cpu").normal(WORLD.latent_shape)
-    denoise = shapes.AnalyticDenoiser(VP)
+    denoise = shapes.posterior_mean
     scores = {n: share_right(ode(denoise, VP, noise, VP.solver_grid(n), cond), caption) for n in (50, 4)}
     assert scores[50] >= 0.95
     assert scores[4] == 0

@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastdmd.batch import Batch, Cond
 from fastdmd.data import shapes
 from fastdmd.data.shapes import CAPTIONS, COLOURS, KINDS, MOTIONS, SHAPES, SPECKLE
 from fastdmd.data.table import Config
 from fastdmd.data.world import ShapesWorld
-from fastdmd.denoiser import Batch, Cond
 from fastdmd.rng import Rng
 from fastdmd.sampler import ode
-from fastdmd.schedule import FlowSchedule, add_noise
+from fastdmd.schedule import FlowSchedule, add_noise, coeffs
 
 DEMO = tomllib.loads((Path(__file__).parents[2] / "configs/tiny_dmd.toml").read_text("utf-8"))
 _, T, H, W = SHAPE = (3, DEMO["data"]["frames"], *DEMO["data"]["resolution"])
@@ -244,8 +244,8 @@ def brute_force(x_t: Tensor, t: float, caption: int) -> Tensor:
 def test_posterior_mean_is_that_of_brute_force(t):
     x0, caption = real(6, seed=1)
     times = torch.full((6,), t, dtype=torch.float64)
-    x_t = add_noise(FLOW, x0, Rng(1, 0, "noise", range(6), "cpu").normal(x0.shape[1:]), times)
-    got = shapes.AnalyticDenoiser(FLOW)(x_t, times, Cond(shapes.embed([CAPTIONS[i] for i in caption])))
+    x_t = add_noise(x0, Rng(1, 0, "noise", range(6), "cpu").normal(x0.shape[1:]), coeffs(FLOW, times, x0))
+    got = shapes.posterior_mean(x_t, coeffs(FLOW, times, x_t), Cond(shapes.embed([CAPTIONS[i] for i in caption])))
     want = torch.stack([brute_force(x, t, int(q)) for x, q in zip(x_t, caption, strict=True)])
     torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5)
 
@@ -255,8 +255,8 @@ def test_posterior_mean_of_speckle():
     t = 0.4
     x0, caption = real(6, seed=2)
     times = torch.full((6,), t, dtype=torch.float64)
-    x_t = add_noise(FLOW, x0, Rng(2, 0, "noise", range(6), "cpu").normal(x0.shape[1:]), times)
-    got = shapes.AnalyticDenoiser(FLOW)(x_t, times, Cond(shapes.embed([CAPTIONS[i] for i in caption])))
+    x_t = add_noise(x0, Rng(2, 0, "noise", range(6), "cpu").normal(x0.shape[1:]), coeffs(FLOW, times, x0))
+    got = shapes.posterior_mean(x_t, coeffs(FLOW, times, x_t), Cond(shapes.embed([CAPTIONS[i] for i in caption])))
     want = SPECKLE * torch.tanh(SPECKLE * (1 - t) * x_t.sum(1, keepdim=True) / t**2).expand_as(x0)
     outside = x0.abs() == SPECKLE
     torch.testing.assert_close(got[outside], want[outside], rtol=0, atol=1e-4)
@@ -265,7 +265,7 @@ def test_posterior_mean_of_speckle():
 def test_many_steps_make_real_videos_and_three_do_not():
     cond = Cond(shapes.embed(CAPTIONS))
     noise = Rng(0, 0, "sample", range(len(CAPTIONS)), "cpu").normal(SHAPE)
-    denoise, caption = shapes.AnalyticDenoiser(FLOW), torch.arange(len(CAPTIONS))
+    denoise, caption = shapes.posterior_mean, torch.arange(len(CAPTIONS))
     scores = {n: share_right(ode(denoise, FLOW, noise, FLOW.solver_grid(n), cond), caption) for n in (50, 3)}
     assert scores[50] >= 0.95
     assert scores[3] == 0

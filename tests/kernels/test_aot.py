@@ -164,12 +164,8 @@ def test_interpreted_kernels_are_not_compiled(folder, monkeypatch):
 def elf(text: bytes) -> bytes:
     """Build the smallest 64-bit ELF with a .text.k section of some size."""
     names = b"\0.shstrtab\0.text.k\0"
-    header = struct.pack(
-        "<16sHHIQQQIHHHHHH", b"\x7fELF", 0, 0, 0, 0, 0, 64 + len(names), 0, 64, 0, 0, 64, 2, 0
-    )
-    sections = [
-        struct.pack("<IIQQQQIIQQ", name, 0, 0, 0, 64, size, 0, 0, 0, 0) for name, size in ((1, 19), (11, 70))
-    ]
+    header = struct.pack("<16sHHIQQQIHHHHHH", b"\x7fELF", 0, 0, 0, 0, 0, 64 + len(names), 0, 64, 0, 0, 64, 2, 0)
+    sections = [struct.pack("<IIQQQQIIQQ", name, 0, 0, 0, 64, size, 0, 0, 0, 0) for name, size in ((1, 19), (11, 70))]
     return header + names + b"".join(sections) + text
 
 
@@ -218,10 +214,7 @@ def test_a_copy_around_the_inner_loop_is_not_one_in_it():
 
 
 def test_serialized_wgmma_is_read_from_the_log():
-    line = (
-        "ptxas info    : (C7510) Potential Performance Loss: "
-        "wgmma.mma_async instructions are serialized due to .."
-    )
+    line = "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to .."
     assert nvidia(log=f"{LOG}{line}\n").serialized == [line]
 
 
@@ -257,9 +250,7 @@ def test_amd_report():
 def test_every_module_with_specs_is_listed():
     pages = Path(aot.__file__).parent.glob("*/triton_*.py")
     with_specs = {
-        f"{path.parent.name}.{path.stem}"
-        for path in pages
-        if "\ndef specs(" in path.read_text(encoding="utf-8")
+        f"{path.parent.name}.{path.stem}" for path in pages if "\ndef specs(" in path.read_text(encoding="utf-8")
     }
     assert with_specs == set(aot.MODULES)
 

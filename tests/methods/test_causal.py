@@ -3,24 +3,30 @@
 B batch, C channel, T frames, H W space.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import causal_reference as reference
+import mlp
 import pytest
 import torch
 from causal_reference import CONFIG
 from test_wan import DeviceWatch, MetaRng, randomized, relative
 from torch import Tensor
 
+from fastdmd.batch import Batch, Cond
 from fastdmd.causal import frame_blocks, sample_blocks
-from fastdmd.denoiser import Batch, Cond, Denoiser
+from fastdmd.denoiser import Denoiser
+from fastdmd.flops import Shapes
 from fastdmd.methods.dmd import DMD
 from fastdmd.methods.score_distillation import CriticConfig
-from fastdmd.models.wan.causal import CausalWan, KVCache
+from fastdmd.models import net
+from fastdmd.models.wan.causal import CausalWan
 from fastdmd.models.wan.net import Wan
 from fastdmd.rng import Rng
-from fastdmd.rollout import Config, Rollout, rollout
+from fastdmd.rollout import Config, Window
 from fastdmd.schedule import FlowSchedule
 
 TIMES = torch.tensor([1.0, 0.8, 0.5], dtype=torch.float64)
@@ -42,6 +48,8 @@ LENGTHS = {1: [1] * 6, 2: [2] * 3, 3: [3] * 2, 5: [1, 5]}  # of the blocks, by f
 
 
 class Call(NamedTuple):
+    """One call of a block after a cache, as it came in."""
+
     x_t: Tensor
     model_t: list[float]
     first: int  # token of the block
@@ -54,9 +62,10 @@ class Recorded(CausalWan):
         super().__init__(CONFIG)
         self.calls: list[Call] = []
 
-    def forward_block(self, x_t: Tensor, model_t: Tensor, cond: Cond, cache: KVCache, write: bool = False) -> Tensor:
-        self.calls.append(Call(x_t, model_t.tolist(), cache.tokens, write, torch.is_grad_enabled()))
-        return super().forward_block(x_t, model_t, cond, cache, write)
+    def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond, call: net.Call = net.PLAIN) -> net.Out:
+        made = Call(x_t, model_t.tolist(), call.cache.tokens, call.write, torch.is_grad_enabled())
+        self.calls.append(made)
+        return super().forward(x_t, model_t, cond, call)
 
 
 def make_rng(step: int = 0, samples: range = range(2)) -> Rng:
@@ -75,9 +84,9 @@ STEP = next(step for step in range(999) if draws(step, 3) == [1, 2, 0])
 @pytest.fixture
 def student(float64) -> Denoiser:
     torch.manual_seed(0)
-    net = Recorded()
-    randomized(net)
-    return Denoiser(net.double(), FlowSchedule(3.0))
+    recorded = Recorded()
+    randomized(recorded)
+    return Denoiser(recorded.double(), FlowSchedule(3.0))
 
 
 def make_batch(B: int = 2) -> Batch:
@@ -85,8 +94,8 @@ def make_batch(B: int = 2) -> Batch:
     return Batch(Cond(text), Cond(torch.zeros_like(text)), SHAPE)
 
 
-def roll(student: Denoiser, step: int = STEP, grad: bool = True, **change: Any) -> Rollout:
-    return rollout(student, make_batch(), TIMES, Config(**BASE | change), make_rng(step), grad)
+def roll(student: Denoiser, step: int = STEP, grad: bool = True, **change: Any) -> mlp.Rolled:
+    return mlp.roll(student, make_batch(), TIMES, Config(**BASE | change), make_rng(step), grad)
 
 
 def definition(student: Denoiser, step: int = STEP, leak: bool = False, **change: Any) -> Tensor:
@@ -180,7 +189,7 @@ def test_no_gradient_when_none_is_asked_for(student):
 
 
 def test_exits_are_drawn_for_the_video_or_for_each_block(student):
-    def steps(**change: Any) -> tuple[list[int], Rollout]:
+    def steps(**change: Any) -> tuple[list[int], mlp.Rolled]:
         student.net.calls.clear()
         made = roll(student, **change)
         walks = [[c for c in student.net.calls if c.first == 8 * i and not c.write] for i in range(3)]
@@ -188,26 +197,26 @@ def test_exits_are_drawn_for_the_video_or_for_each_block(student):
 
     shared, made = steps()
     assert shared == [1, 1, 1]
-    assert (made.exit_t, made.next_t) == (0.8, 0.5)
+    assert made.window == Window(0.8, 0.5)
     own, made = steps(shared_exit_step=False)
     assert own == [1, 2, 0]
-    assert (made.exit_t, made.next_t) == (1.0, 0.0)  # holds every block's own window
+    assert made.window == Window(1.0, 0.0)  # holds every block's own window
     last, made = steps(shared_exit_step=False, exit="last")
     assert last == [2, 2, 2]
-    assert (made.exit_t, made.next_t) == (0.5, 0.0)
+    assert made.window == Window(0.5, 0.0)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_samples_do_not_know_of_one_another(student, checkpointing):
     """A batch of two is two batches of one, values and gradients, in one cache after the other."""
-    student.net.checkpointing = checkpointing
+    student.net.recompute_blocks(checkpointing)
     config, both = Config(**BASE, context_noise=0.1), make_batch()
-    made = rollout(student, both, TIMES, config, make_rng(STEP), grad=True).x0_g
+    made = mlp.roll(student, both, TIMES, config, make_rng(STEP)).x0_g
     total = gradient(student, made)
     cotangent = torch.randn(made.shape, generator=torch.Generator().manual_seed(1))
     for i in range(2):
         alone = Batch(Cond(both.cond.text[i : i + 1]), Cond(both.uncond.text[i : i + 1]), SHAPE)
-        one = rollout(student, alone, TIMES, config, make_rng(STEP, range(i, i + 1)), grad=True).x0_g
+        one = mlp.roll(student, alone, TIMES, config, make_rng(STEP, range(i, i + 1))).x0_g
         assert relative(one, made[i : i + 1]) <= 1e-12
         grads = torch.autograd.grad((one * cotangent[i : i + 1]).sum(), list(student.net.parameters()))
         total = total - torch.cat([g.flatten() for g in grads])
@@ -249,11 +258,18 @@ def test_sampling_is_the_rollout_to_the_last_step(student):
 
 def test_flops_are_counted(student):
     """By the tokens that each call sees; the exit step's backward is two forwards more."""
+
+    def forward(shape: Sequence[int], tokens: int) -> int:
+        return student.net.flops(shape, TOKENS, net.Call(cache=SimpleNamespace(tokens=tokens)))
+
     roll(student)
-    calls, forward = student.net.calls, student.net.flops
-    assert student.flops == sum(forward(c.x_t.shape, TOKENS, c.first) * (3 if c.grad else 1) for c in calls)
+    counted = Shapes(student.net, True, torch.device("cpu"))
+    roll(Denoiser(counted, student.schedule))
+    calls = student.net.calls
+    assert counted.counted == sum(forward(c.x_t.shape, c.first) * (3 if c.grad else 1) for c in calls)
     L, width, layers = 8, CONFIG.width, CONFIG.num_layers
-    assert forward((2, 3, 2, 4, 4), TOKENS, 8) - forward((2, 3, 2, 4, 4), TOKENS) == 2 * layers * 4 * L * 8 * width
+    alone = student.net.flops((2, 3, 2, 4, 4), TOKENS)
+    assert forward((2, 3, 2, 4, 4), 8) - alone == 2 * layers * 4 * L * 8 * width
 
 
 @pytest.mark.parametrize(
@@ -293,19 +309,19 @@ def test_a_step_of_self_forcing_has_no_float64_and_no_sync(dtype):
     nets = {}
     for role in method.config.roles:
         with torch.device("meta"):
-            net = (CausalWan if role == "student" else Wan)(CONFIG)
-        net.cast(dtype)
-        net.checkpointing = True
-        nets[role] = Denoiser(net, FlowSchedule(5.0))
+            made = (CausalWan if role == "student" else Wan)(CONFIG)
+        net.cast(made, dtype)
+        made.recompute_blocks(True)
+        nets[role] = Denoiser(made, FlowSchedule(5.0))
     text = Cond(torch.empty(3, TOKENS, CONFIG.text_dim, device="meta"))
     carry = {}
     with DeviceWatch() as watch:
         for phase in ("student", "critic"):
-            for role, net in nets.items():
-                net.requires_grad_(role == phase)
-            loss, _ = method.loss(phase, nets, Batch(text, text, SHAPE), MetaRng(3), carry)
+            for role, denoiser in nets.items():
+                denoiser.learn(role == phase)
+            loss, _ = mlp.loss(method, phase, nets, Batch(text, text, SHAPE), MetaRng(3), carry)
             loss.backward()
-            assert all(p.grad is not None for p in nets[phase].parameters())
+            assert all(p.grad is not None for p in nets[phase].net.parameters())
     assert {"addmm", "native_layer_norm_backward", "copy_"} <= watch.names
     assert torch.float64 not in watch.dtypes
     assert "_local_scalar_dense" not in watch.names

@@ -35,16 +35,18 @@ from torch import Tensor
 
 from fastdmd import config as configs
 from fastdmd import train
+from fastdmd.batch import Batch, Cond
 from fastdmd.config.schema import ModelConfig, StudentConfig, TeacherConfig
-from fastdmd.denoiser import Batch, Cond, Denoiser
+from fastdmd.denoiser import Denoiser
 from fastdmd.evaluation import evaluate
 from fastdmd.export import exported_scheduler
 from fastdmd.methods import dcm
 from fastdmd.methods.consistency import errors, huber
 from fastdmd.methods.dcm import DCM, Config
+from fastdmd.models.net import PLAIN, Call, Out
 from fastdmd.rng import Rng
 from fastdmd.run import build
-from fastdmd.schedule import FlowSchedule, VPSchedule
+from fastdmd.schedule import Coeffs, FlowSchedule, VPSchedule
 
 # ------------------------------------------------------- the whole loss, from the configuration
 
@@ -54,7 +56,7 @@ def test_student_loss_and_gradient_are_those_of_the_definition(base, change):
     """With each key changed, and a key that were not read would leave the base's gradient."""
     method = make(base, **change)
     nets = make_nets(method)
-    loss, metrics = method.loss("student", nets, BATCH, make_rng(), {})
+    loss, metrics = mlp.loss(method, "student", nets, BATCH, make_rng(), {})
     loss.backward()
     value, want = Definition(nets, **base | change).student_gradient()
     torch.testing.assert_close(loss.double(), value, rtol=1e-5, atol=0)
@@ -72,9 +74,9 @@ def test_these_keys_matter_too(key):
     nets = make_nets(make(DETAIL_BASE))
     gradients = []
     for change in ({}, {key: BOTH.get(key, ADVERSARIAL.get(key))}):
-        make(DETAIL_BASE, **change).loss("student", nets, BATCH, make_rng(), {})[0].backward()
+        mlp.loss(make(DETAIL_BASE, **change), "student", nets, BATCH, make_rng(), {})[0].backward()
         gradients.append(mlp.gradient(nets["student"].net).clone())
-        nets["student"].zero_grad()
+        nets["student"].net.zero_grad()
     assert not close(*gradients)
 
 
@@ -84,11 +86,11 @@ def test_discriminator_learns_by_the_definition(change):
     method, carry = make(DETAIL_BASE, **change), {}
     nets = make_nets(method)
     value, want = Definition(nets, **DETAIL_BASE | change).disc_gradient()
-    method.loss("student", nets, BATCH, make_rng(), carry)
+    mlp.loss(method, "student", nets, BATCH, make_rng(), carry)
     with torch.no_grad():
-        for p in nets["student"].parameters():
+        for p in nets["student"].net.parameters():
             p.add_(1.0)
-    loss, _ = method.loss("disc", nets, BATCH, make_rng("disc1"), carry)
+    loss, _ = mlp.loss(method, "disc", nets, BATCH, make_rng("disc1"), carry)
     loss.backward()
     torch.testing.assert_close(loss.double(), value, rtol=1e-5, atol=0)
     assert close(mlp.gradient(nets["disc"].net), want)
@@ -101,10 +103,6 @@ def test_every_key_has_a_test():
 # --------------------------------------------------------------- who is called, and who learns
 
 
-def with_gradient(nets: Mapping[str, Denoiser]) -> set[str]:
-    return {role for role, net in nets.items() if any(p.grad is not None for p in net.parameters())}
-
-
 @pytest.mark.parametrize(("base", "phase"), [(SEMANTIC, "student"), (DETAIL_BASE, "student"), (DETAIL_BASE, "disc")])
 @pytest.mark.parametrize("target", ["ema", "student"])
 def test_only_what_the_phase_trains_gets_a_gradient(base, phase, target):
@@ -114,10 +112,10 @@ def test_only_what_the_phase_trains_gets_a_gradient(base, phase, target):
     for each in method.phases(0)[: method.phases(0).index(phase) + 1]:
         assert method.trains(each) == (each,)
         for role, net in nets.items():
-            net.zero_grad()
-            net.requires_grad_(role == each)
-        method.loss(each, nets, BATCH, make_rng(each), carry)[0].backward()
-    assert with_gradient(nets) == {phase}
+            net.net.zero_grad()
+            net.net.requires_grad_(role == each)
+        mlp.loss(method, each, nets, BATCH, make_rng(each), carry)[0].backward()
+    assert mlp.with_gradient(nets) == {phase}
 
 
 @pytest.mark.parametrize("target", ["ema", "student"])
@@ -125,8 +123,8 @@ def test_no_gradient_through_the_target_or_the_teacher_s_step(target):
     """Though every parameter asks for one."""
     method = make(target=target)
     nets = make_nets(method)
-    method.loss("student", nets, BATCH, make_rng(), {})[0].backward()
-    assert with_gradient(nets) == {"student"}
+    mlp.loss(method, "student", nets, BATCH, make_rng(), {})[0].backward()
+    assert mlp.with_gradient(nets) == {"student"}
     assert [call.grad for call in calls(nets, "student")] == [True, False][: 1 + (target == "student")]
     assert not calls(nets, "teacher")[0].grad
 
@@ -136,7 +134,7 @@ def test_the_target_is_never_the_teacher(target, role):
     """The teacher takes one step, at sigma_i, guided by one batched call; the target jumps from sigma_prev_i."""
     method = make(target=target)
     nets = make_nets(method)
-    method.loss("student", nets, BATCH, make_rng(), {})
+    mlp.loss(method, "student", nets, BATCH, make_rng(), {})
     [teacher], [student, *again] = calls(nets, "teacher"), calls(nets, "student")
     [jumps] = calls(nets, "target") if target == "ema" else again
     assert (role == "student") == bool(again)
@@ -153,7 +151,7 @@ def test_the_target_is_never_the_teacher(target, role):
 def test_guidance_of_one_is_one_side_only():
     method = make(guidance=1.0)
     nets = make_nets(method)
-    method.loss("student", nets, BATCH, make_rng(), {})
+    mlp.loss(method, "student", nets, BATCH, make_rng(), {})
     assert torch.equal(calls(nets, "teacher")[0].text, BATCH.cond.text)
 
 
@@ -176,8 +174,9 @@ class WrongAtTheEnd(mlp.Deep):
     def there(self, model_t: Tensor) -> Tensor:
         return column((model_t - self.at).abs() < 1e-3)
 
-    def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond) -> Tensor:
-        return super().forward(x_t, model_t, cond) + 3.0 * self.there(model_t).to(x_t.dtype)
+    def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond, call: Call = PLAIN) -> Out:
+        out = super().forward(x_t, model_t, cond, call)
+        return out._replace(F=out.F + 3.0 * self.there(model_t).to(x_t.dtype))
 
 
 @pytest.mark.parametrize(("base", "last"), [(SEMANTIC, 6), (DETAIL_BASE | {"adversarial_weight": 0.0}, 0)])
@@ -188,11 +187,11 @@ def test_loss_last_is_of_the_expert_s_last_interval(base, last, phases):
     nets, batch, rng = make_nets(method), mlp.make_batch(200), make_rng(size=200)
     i = method.config.points.start + make_rng(size=200).integers(len(method.config.points))
     at = 1000 * S((last + 1) / 10)
-    loss, metrics = method.loss("student", nets, batch, rng, {})
+    loss, metrics = mlp.loss(method, "student", nets, batch, rng, {})
     total, count = metrics["loss_last"]
     assert count == (i == last).sum()
     nets["student"] = Denoiser(WrongAtTheEnd(0, at), method.schedule)
-    wrong, metrics = method.loss("student", nets, batch, make_rng(size=200), {})
+    wrong, metrics = mlp.loss(method, "student", nets, batch, make_rng(size=200), {})
     assert wrong > loss
     assert metrics["loss_last"].samples == count
     # nothing else has changed: the whole loss moves by this loss times its share of the samples
@@ -217,17 +216,19 @@ def test_adversarial_times_span_the_phase_s_end_to_the_boundary(u, where):
         uniform=lambda: torch.full((4,), u, dtype=torch.float64),
         normal=drawn.normal,
     )
-    pair = method.pair(nets, BATCH, SimpleNamespace(integers=rng.integers, normal=make_rng().normal))
-    assert pair.e.tolist() == [0, 2, 2, 5]  # of 0, 2, 5, 7
-    method.loss("student", nets, BATCH, rng, carry)
-    fake, real, sigma_a = carry["adversarial"]
+    draws = method.draw("student", rng, mlp.SHAPE, carry)
+    made, wanted = method.pair(nets, BATCH, draws)
+    e = [0, 2, 2, 5]  # of 0, 2, 5, 7
+    assert draws.to_end.tolist() == pytest.approx((method.sigmas[e] - method.sigmas[[1, 4, 5, 6]]).tolist())
+    method.loss("student", nets, BATCH, draws, carry)
+    fake, real, c = carry["adversarial"]
     prev = Definition(nets, **DETAIL_BASE).sigma_prev
-    assert sigma_a.tolist() == pytest.approx([prev[j if where == "first" else 5] for j in pair.e])
-    keep = column((1 - sigma_a) / (1 - method.sigmas[pair.e]))
-    gap = (pair.made - pair.wanted).detach()
+    assert c.sigma.tolist() == pytest.approx([prev[j if where == "first" else 5] for j in e])
+    keep = column((1 - c.sigma.double()) / (1 - method.sigmas[e]))
+    gap = (made - wanted).detach()
     torch.testing.assert_close((fake - real).double(), keep * gap, rtol=1e-4, atol=1e-5)
     if where == "first":  # at its end a sample is not noised further
-        torch.testing.assert_close(fake, pair.made.detach())
+        torch.testing.assert_close(fake, made.detach())
 
 
 # ---------------------------------------------------------------------- grids, ends, functions
@@ -269,10 +270,20 @@ def test_phase_ends(phases, offset, want):
 
 def test_noising_further_is_noising_once():
     """Of a sample that has the same noise already."""
-    x0, n = torch.randn(2, 3, *mlp.SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    low, high = torch.tensor([0.0, 0.1, 0.3]).double(), torch.tensor([0.2, 0.1, 0.9]).double()
+    generator = torch.Generator().manual_seed(0)
+    rng = SimpleNamespace(
+        integers=lambda high: torch.tensor([1, 3, 5]),  # in the phases from 0, 2 and 5 on
+        uniform=lambda: torch.tensor([0.4, 0.99, 0.0]).double(),
+        normal=lambda shape: torch.randn(3, *shape, generator=generator, dtype=torch.float64),
+    )
+    method = make(DETAIL_BASE, phases=4)
+    method.sigmas = torch.linspace(0, 1, 11).double()
+    further = method.draw("student", rng, mlp.SHAPE, {}).adversarial  # type: ignore[arg-type]
+    low, high = torch.tensor([0.0, 0.2, 0.5]).double(), torch.tensor([0.2, 0.5, 0.5]).double()
+    torch.testing.assert_close(further.c.sigma, high)
+    x0, n = torch.randn(3, *mlp.SHAPE, generator=generator, dtype=torch.float64), further.n
     z = (1 - column(low)) * x0 + column(low) * n
-    torch.testing.assert_close(dcm.noise_further(z, n, low, high), (1 - column(high)) * x0 + column(high) * n)
+    torch.testing.assert_close(further.noised(z), (1 - column(high)) * x0 + column(high) * n)
 
 
 def test_distances():
@@ -289,13 +300,15 @@ def test_distances():
 
 def test_temporal_needs_frames():
     with pytest.raises(ValueError, match=r"^method.temporal_lag: 3 is not under the 3 latent frames"):
-        make(temporal_lag=3).loss("student", make_nets(make()), BATCH, make_rng(), {})
-    assert make(temporal_lag=3, temporal_weight=0.0).loss("student", make_nets(make()), BATCH, make_rng(), {})[0] > 0
+        mlp.loss(make(temporal_lag=3), "student", make_nets(make()), BATCH, make_rng(), {})
+    assert (
+        mlp.loss(make(temporal_lag=3, temporal_weight=0.0), "student", make_nets(make()), BATCH, make_rng(), {})[0] > 0
+    )
 
 
 def test_needs_latents():
     with pytest.raises(ValueError, match="trains on latents"):
-        make().loss("student", make_nets(make()), Batch(BATCH.cond, BATCH.uncond, mlp.SHAPE), make_rng(), {})
+        mlp.loss(make(), "student", make_nets(make()), Batch(BATCH.cond, BATCH.uncond, mlp.SHAPE), make_rng(), {})
     assert make().config.needs_latents
 
 
@@ -305,18 +318,18 @@ Field = Callable[[Tensor, Tensor], Tensor]  # v(x, sigma [B, 1, ..])
 EXPERTS = [SEMANTIC, DETAIL_BASE | {"adversarial_weight": 0.0}]
 
 
-class Exact:
+class Exact(Denoiser):
     """A velocity field in the place of a network, in float64. Under guidance w its two sides combine to it."""
 
     def __init__(self, field: Field, w: float = 1.0) -> None:
         self.field, self.w = field, w
 
-    def raw(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        assert x_t.dtype == t.dtype == torch.float64
-        return self.field(x_t, column(t))
+    def raw(self, x_t: Tensor, c: Coeffs, cond: Cond) -> Tensor:
+        assert x_t.dtype == c.sigma.dtype == torch.float64
+        return self.field(x_t, column(c.sigma))
 
-    def raw_pair(self, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond) -> tuple[Tensor, Tensor]:
-        v = self.raw(x_t, t, cond)
+    def raw_pair(self, x_t: Tensor, c: Coeffs, cond: Cond, uncond: Cond) -> tuple[Tensor, Tensor]:
+        v = self.raw(x_t, c, cond)
         return v + x_t * (1 - 1 / self.w), v + x_t
 
 
@@ -332,7 +345,7 @@ def exact_loss(method: DCM, teacher: Field, student: Field) -> float:
     nothing = Cond(torch.zeros(points, 1, 1))
     x0 = torch.randn(points, *mlp.SHAPE, generator=generator, dtype=torch.float64)
     nets = {"teacher": Exact(teacher, w), "student": Exact(student), "target": Exact(student)}
-    loss, _ = method.loss("student", nets, Batch(nothing, nothing, mlp.SHAPE, x0), rng, {})  # type: ignore[arg-type]
+    loss, _ = mlp.loss(method, "student", nets, Batch(nothing, nothing, mlp.SHAPE, x0), rng, {})  # type: ignore[arg-type]
     return float(loss)
 
 
@@ -391,7 +404,7 @@ def euler(nets: Mapping[str, Denoiser], x: Tensor, steps: list[tuple[str, float,
     x = x.double()
     for role, w, now, then in steps:
         net, told = deepcopy(nets[role].net).double(), torch.full((len(x),), 1000 * now, dtype=torch.float64)
-        c, u = (net(x, told, Cond(cond.text.double())) for cond in (BATCH.cond, BATCH.uncond))
+        c, u = (net(x, told, Cond(cond.text.double())).F for cond in (BATCH.cond, BATCH.uncond))
         x = x + (then - now) * (u + w * (c - u))
     return x
 
@@ -523,8 +536,8 @@ def test_the_detail_expert_starts_from_the_semantic_one():
 @pytest.mark.parametrize(("extra", "trained"), [((), {"student"}), (DETAIL, {"student", "disc"})])
 def test_a_run_moves_what_it_trains_and_its_average(tmp_path, extra, trained):
     run = build(make_config(tmp_path, "dcm", "ema.start_step=0", *extra))
-    before = {role: deepcopy(net.state_dict()) for role, net in run.nets.items()}
+    before = {role: deepcopy(net.net.state_dict()) for role, net in run.nets.items()}
     train.take_step(run)
-    now = {role: net.state_dict() for role, net in run.nets.items()}
+    now = {role: net.net.state_dict() for role, net in run.nets.items()}
     moved = {role for role in now if any(not torch.equal(now[role][k], v) for k, v in before[role].items())}
     assert moved == trained | {"target"}

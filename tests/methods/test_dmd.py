@@ -25,7 +25,7 @@ from score_definition import (
     column,
     make_rng,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdmd import config as configs
 from fastdmd import rollout as rollouts
@@ -68,7 +68,7 @@ def dmd_gradient(definition: Definition) -> Tensor:
 @pytest.mark.parametrize("change", CASES, ids=lambda change: "-".join(map(str, change)))
 def test_student_gradient_is_that_of_the_definition(nets, change):
     """For the base configuration and with each key changed, and a key that were not read would leave it as it was."""
-    loss, metrics = make(**change).loss("student", nets, BATCH, make_rng(), {})
+    loss, metrics = mlp.loss(make(**change), "student", nets, BATCH, make_rng(), {})
     loss.backward()
     got = mlp.gradient(nets["student"].net)
     assert close(got, dmd_gradient(Definition(nets, make_rng(), **BASE | change)))
@@ -79,7 +79,7 @@ def test_student_gradient_is_that_of_the_definition(nets, change):
 @pytest.mark.parametrize("change", CASES, ids=lambda change: "-".join(map(str, change)))
 def test_critic_loss_is_that_of_the_definition(nets, change):
     """Conditional only, on all frames: what makes the student's gradient does not enter."""
-    loss, _ = make(**change).loss("critic", nets, BATCH, make_rng("critic0"), {})
+    loss, _ = mlp.loss(make(**change), "critic", nets, BATCH, make_rng("critic0"), {})
     loss.backward()
     value, want = Definition(nets, make_rng("critic0"), **BASE | change).critic_gradient()
     torch.testing.assert_close(loss.double(), value, rtol=1e-5, atol=0)
@@ -94,12 +94,12 @@ def test_critic_of_an_eps_model_learns_eps():
     nets, carry = mlp.three_nets(schedule), {}
     method = make()
     method.schedule = schedule
-    loss, _ = method.loss("critic", nets, BATCH, make_rng(), carry)
+    loss, _ = mlp.loss(method, "critic", nets, BATCH, make_rng(), carry)
     (call,) = calls(nets, "critic")
     s = (call.model_t.double() + 1) / 1000
     alpha, sigma = column(schedule.alpha(s)), column(schedule.sigma(s))
-    eps = (call.x_t - alpha * carry["rollout"].x0_g) / sigma
-    F = nets["critic"].net(call.x_t, call.model_t, BATCH.cond)
+    eps = (call.x_t - alpha * carry["x0_g"]) / sigma
+    F = nets["critic"].net(call.x_t, call.model_t, BATCH.cond).F
     torch.testing.assert_close(loss.double(), (F - eps).square().mean(), rtol=1e-5, atol=0)
 
 
@@ -117,7 +117,7 @@ def test_every_key_has_a_test():
 
 @pytest.mark.parametrize(("teacher_w", "critic_w"), [(4.0, 1.0), (1.0, 1.0), (1.0, 3.0), (4.0, 3.0)])
 def test_guidance_is_one_batched_call_and_none_when_off(nets, teacher_w, critic_w):
-    make(guidance=teacher_w, critic_guidance=critic_w).loss("student", nets, BATCH, make_rng(), {})
+    mlp.loss(make(guidance=teacher_w, critic_guidance=critic_w), "student", nets, BATCH, make_rng(), {})
     both = torch.cat([BATCH.cond.text, BATCH.uncond.text])
     for role, w in (("teacher", teacher_w), ("critic", critic_w)):
         (call,) = calls(nets, role)
@@ -126,49 +126,56 @@ def test_guidance_is_one_batched_call_and_none_when_off(nets, teacher_w, critic_
 
 
 def test_critic_and_teacher_see_one_z_with_a_time_for_each_sample(nets):
-    make().loss("student", nets, BATCH, make_rng(), {})
+    mlp.loss(make(), "student", nets, BATCH, make_rng(), {})
     (teacher,), (critic,) = calls(nets, "teacher"), calls(nets, "critic")
     for seen, by_critic in zip(teacher[:2], critic[:2], strict=True):
         assert torch.equal(seen, torch.cat([by_critic, by_critic]))
     assert len(critic.model_t.unique()) == 4
 
 
-def with_gradient(nets: Mapping[str, nn.Module]) -> set[str]:
-    return {role for role, net in nets.items() if any(p.grad is not None for p in net.parameters())}
-
-
 @pytest.mark.parametrize("phase", ["student", "critic"])
 def test_only_the_phase_s_own_network_gets_a_gradient(nets, phase):
     """Though every parameter of all three asks for one, and the critic's rollout may be the student's."""
     carry: dict[str, Any] = {}
-    make().loss(phase, nets, BATCH, make_rng(), carry)[0].backward()
-    assert with_gradient(nets) == {phase}
+    mlp.loss(make(), phase, nets, BATCH, make_rng(), carry)[0].backward()
+    assert mlp.with_gradient(nets) == {phase}
     if phase == "critic":
         assert not calls(nets, "teacher")
-    nets[phase].zero_grad()
-    make().loss("critic", nets, BATCH, make_rng("critic1"), carry)[0].backward()
-    assert with_gradient(nets) == {"critic"}
+    nets[phase].net.zero_grad()
+    mlp.loss(make(), "critic", nets, BATCH, make_rng("critic1"), carry)[0].backward()
+    assert mlp.with_gradient(nets) == {"critic"}
 
 
 def test_phases_of_a_step_share_one_rollout(nets):
     method, carry = make(), {}
-    method.loss("student", nets, BATCH, make_rng(), carry)
-    after_student, first = len(calls(nets, "student")), carry["rollout"]
+    mlp.loss(method, "student", nets, BATCH, make_rng(), carry)
+    after_student, first, window = len(calls(nets, "student")), carry["x0_g"], carry["window"]
     assert after_student == 2
     for index in (1, 2):
-        method.loss("critic", nets, BATCH, make_rng(f"critic{index}"), carry)
-        assert carry["rollout"] is first
-        assert not first.x0_g.requires_grad
+        mlp.loss(method, "critic", nets, BATCH, make_rng(f"critic{index}"), carry)
+        assert carry["x0_g"] is first
+        assert carry["window"] is window
+        assert not first.requires_grad
     assert len(calls(nets, "student")) == after_student
     times = [call.model_t for call in calls(nets, "critic")]
     assert not torch.equal(times[1], times[2])  # but not their score times
 
 
+def test_what_phases_share_is_the_rollout_without_its_graph(nets):
+    method, carry = make(), {}
+    draws = method.draw("student", make_rng(), mlp.SHAPE, carry)
+    x0_g = method.rollout(nets, BATCH, draws, carry, grad=True)
+    assert x0_g.requires_grad
+    assert not carry["x0_g"].requires_grad
+    assert torch.equal(carry["x0_g"], x0_g)
+    assert carry["window"] == draws.rollout.window
+
+
 def test_critic_only_steps_roll_out_without_gradient(nets):
     carry: dict[str, Any] = {}
-    make().loss("critic", nets, BATCH, make_rng("critic0"), carry)
+    mlp.loss(make(), "critic", nets, BATCH, make_rng("critic0"), carry)
     assert [call.grad for call in calls(nets, "student")] == [False, False]
-    make().loss("critic", nets, BATCH, make_rng("critic1"), carry)
+    mlp.loss(make(), "critic", nets, BATCH, make_rng("critic1"), carry)
     assert len(calls(nets, "student")) == 2
 
 
@@ -178,8 +185,8 @@ def test_critic_only_steps_roll_out_without_gradient(nets):
 def grid_times(exit_t: float = 0.75, next_t: float = 0.5, flow_shift: float = FLOW_SHIFT, **keys: Any) -> Tensor:
     """s for u = 0, 0.01, .. 1."""
     u = torch.linspace(0, 1, 101, dtype=torch.float64)
-    made = rollouts.Rollout(torch.zeros(0), exit_t, next_t)
-    return make(flow_shift, **keys).score_time(SimpleNamespace(uniform=lambda: u), made)
+    window = rollouts.Window(exit_t, next_t)
+    return make(flow_shift, **keys).score_time(SimpleNamespace(uniform=lambda: u), window)
 
 
 def test_score_times_are_shifted_and_then_clamped():

@@ -5,15 +5,18 @@ B batch, C channel, T frames, H W space.
 
 from itertools import pairwise
 
+import mlp
 import pytest
 import torch
 from causal_reference import CONFIG
 from test_wan import randomized
 from torch import Tensor
 
+from fastdmd.batch import Batch, Cond
 from fastdmd.causal import ode_blocks
-from fastdmd.denoiser import Batch, Cond, Denoiser
+from fastdmd.denoiser import Denoiser
 from fastdmd.methods.flow import Config, Flow
+from fastdmd.models.net import Call
 from fastdmd.models.wan.causal import CausalWan
 from fastdmd.rng import Rng
 from fastdmd.schedule import FlowSchedule
@@ -56,10 +59,10 @@ def test_loss_and_gradient_are_those_of_one_block_after_clean_ones(student, batc
     """Gradient flows into the keys and values of the clean blocks too, unlike in a rollout."""
     step, frames = step_at(block), BLOCKS[block]
     method = Flow(Config(name="flow", frames_per_block=2), SCHEDULE)
-    loss, _ = method.loss("student", {"student": student}, batch, make_rng(step), {})
+    loss, _ = mlp.loss(method, "student", {"student": student}, batch, make_rng(step), {})
     loss.backward()
     got = gradient(student.net)
-    student.zero_grad()
+    student.net.zero_grad()
 
     rng = make_rng(step)
     rng.shared_integer(3)
@@ -71,7 +74,7 @@ def test_loss_and_gradient_are_those_of_one_block_after_clean_ones(student, batc
     video = torch.cat([batch.x0[:, :, : frames.start], (1 - c) * x0 + c * eps], dim=2)
     model_t = torch.zeros(2, block + 1, dtype=torch.float64)
     model_t[:, block] = 1000 * t
-    F = student.net.forward_blocks(video, model_t, batch.cond, [2] * (block + 1))[:, :, frames]
+    F = student.net(video, model_t, batch.cond, Call(blocks=(2,) * (block + 1))).F[:, :, frames]
     want = (F - (eps - x0)).square().mean()
     want.backward()
     torch.testing.assert_close(loss, want, rtol=1e-9, atol=0)
@@ -97,7 +100,7 @@ def test_the_many_step_sampler_is_euler_after_clean_blocks(student, batch):
             for t, t_next in pairwise(grid.tolist()):
                 model_t = torch.tensor([[0.0] * i + [1000 * t]] * 2, dtype=torch.float64)
                 video = torch.cat([*made, x], dim=2)
-                v = student.net.forward_blocks(video, model_t, batch.cond, [2] * (i + 1))[:, :, frames]
+                v = student.net(video, model_t, batch.cond, Call(blocks=(2,) * (i + 1))).F[:, :, frames]
                 x = x + (t_next - t) * v
             made.append(x)
     torch.testing.assert_close(got, torch.cat(made, dim=2), rtol=1e-9, atol=1e-9)

@@ -16,9 +16,11 @@ from tiny import make_config
 from torch import Tensor, nn
 
 from fastdmd import train
-from fastdmd.denoiser import Batch, Cond, Denoiser
+from fastdmd.batch import Batch, Cond
+from fastdmd.denoiser import Denoiser
 from fastdmd.methods import gan
 from fastdmd.methods.dmd import Config
+from fastdmd.models.net import Call
 from fastdmd.run import build
 from fastdmd.schedule import FlowSchedule
 
@@ -158,7 +160,7 @@ class WithGAN(Definition):
     def logits(self, x: Tensor, s: Tensor) -> Tensor:
         """Of all maps, [maps, B, positions]."""
         cond = Cond(BATCH.cond.text.double())
-        _, maps = self.nets["critic"].features(x, 1000 * s, cond, self.keys["gan_layers"])
+        _, maps = self.nets["critic"](x, 1000 * s, cond, Call(layers=self.keys["gan_layers"]))
         judged = [project(head, m, 8)[1] for head, m in zip(self.nets["disc"].heads, maps, strict=True)]
         return torch.stack([x.flatten(1) for x in judged])
 
@@ -196,7 +198,7 @@ class WithGAN(Definition):
 def test_student_gradient_is_that_of_the_definition(change):
     keys = GAN | change
     nets = make_nets(keys["gan_layers"])
-    loss, metrics = make(**keys).loss("student", nets, BATCH, make_rng(), {})
+    loss, metrics = mlp.loss(make(**keys), "student", nets, BATCH, make_rng(), {})
     loss.backward()
     got = mlp.gradient(nets["student"].net)
     assert close(got, WithGAN(nets, make_rng(), **BASE | keys).student_gradient())
@@ -211,7 +213,7 @@ def test_critic_and_heads_learn_by_the_definition(change):
     """D's loss reaches the critic too: its hidden states are trained to tell."""
     keys = GAN | change
     nets = make_nets(keys["gan_layers"])
-    loss, metrics = make(**keys).loss("critic", nets, BATCH, make_rng("critic0"), {})
+    loss, metrics = mlp.loss(make(**keys), "critic", nets, BATCH, make_rng("critic0"), {})
     loss.backward()
     value, critic, disc = WithGAN(nets, make_rng("critic0"), **BASE | keys).critic_gradients()
     torch.testing.assert_close(loss.double(), value, rtol=1e-5, atol=0)
@@ -231,11 +233,11 @@ def test_dmd_itself_is_what_it_was():
     """With a weight of 0 to the bit, and the weight only adds."""
     nets = make_nets()
     for phase, added in (("student", "gan_student"), ("critic", "gan_critic")):
-        plain, _ = make().loss(phase, nets, BATCH, make_rng(phase), {})
-        off, metrics = make(gan_weight=0.0).loss(phase, nets, BATCH, make_rng(phase), {})
+        plain, _ = mlp.loss(make(), phase, nets, BATCH, make_rng(phase), {})
+        off, metrics = mlp.loss(make(gan_weight=0.0), phase, nets, BATCH, make_rng(phase), {})
         assert torch.equal(plain, off)
         assert added not in metrics
-        on, metrics = make(**GAN).loss(phase, nets, BATCH, make_rng(phase), {})
+        on, metrics = mlp.loss(make(**GAN), phase, nets, BATCH, make_rng(phase), {})
         weight = GAN["gan_weight" if phase == "student" else "gan_critic_weight"]
         torch.testing.assert_close(on - weight * metrics[added], plain)
     method, roles = make(gan_weight=0.0), {"student": "train", "teacher": "frozen", "critic": "train"}
@@ -249,18 +251,18 @@ def test_only_what_the_phase_trains_gets_a_gradient(phase, learns):
     nets, method = make_nets(), make(**GAN)
     assert set(method.trains(phase)) == learns
     for role, net in nets.items():
-        net.requires_grad_(role in method.trains(phase))
-    method.loss(phase, nets, BATCH, make_rng(), {})[0].backward()
-    assert {role for role, net in nets.items() if any(p.grad is not None for p in net.parameters())} == learns
+        net.net.requires_grad_(role in method.trains(phase))
+    mlp.loss(method, phase, nets, BATCH, make_rng(), {})[0].backward()
+    assert mlp.with_gradient(nets) == learns
     if phase == "critic":
-        assert all(p.grad is not None for p in nets["disc"].parameters())
+        assert all(p.grad is not None for p in nets["disc"].net.parameters())
 
 
 @pytest.mark.parametrize(("w", "parts"), [(1.0, 2), (2.5, 3)])
 def test_one_call_of_the_critic_serves_its_loss_and_the_discriminator(w, parts):
     """Fake, real and, under guidance, the fake's other side."""
     nets, carry = make_nets(), {}
-    make(**GAN, critic_train_guidance=w).loss("critic", nets, BATCH, make_rng(), carry)
+    mlp.loss(make(**GAN, critic_train_guidance=w), "critic", nets, BATCH, make_rng(), carry)
     [call] = nets["critic"].net.calls
     assert len(call.x_t) == 4 * parts
     assert torch.equal(call.model_t, call.model_t[:4].repeat(parts))
@@ -269,7 +271,7 @@ def test_one_call_of_the_critic_serves_its_loss_and_the_discriminator(w, parts):
     assert torch.equal(call.text, torch.cat(text))
     fake, real = call.x_t[:4], call.x_t[4:8]
     sigma = call.model_t[:4].view(-1, 1, 1, 1, 1) / 1000
-    eps = [(x - (1 - sigma) * x0) / sigma for x, x0 in ((fake, carry["rollout"].x0_g), (real, BATCH.x0))]
+    eps = [(x - (1 - sigma) * x0) / sigma for x, x0 in ((fake, carry["x0_g"]), (real, BATCH.x0))]
     assert not torch.allclose(eps[0], eps[1])
     if parts == 3:
         assert torch.equal(call.x_t[8:], fake)
@@ -278,7 +280,7 @@ def test_one_call_of_the_critic_serves_its_loss_and_the_discriminator(w, parts):
 def test_data_without_latents_is_refused():
     bare = Batch(BATCH.cond, BATCH.uncond, mlp.SHAPE)
     with pytest.raises(ValueError, match=r"^method.gan_weight > 0 needs data with latents"):
-        make(**GAN).loss("critic", make_nets(), bare, make_rng(), {})
+        mlp.loss(make(**GAN), "critic", make_nets(), bare, make_rng(), {})
     assert make(**GAN).config.needs_latents
     assert not make().config.needs_latents
 
@@ -308,9 +310,9 @@ def test_a_run_trains_its_discriminator(tmp_path):
     run = build(make_config(tmp_path, "dmd", *overrides))
     moved = []
     for _ in range(2):
-        before = {role: deepcopy(run.nets[role].state_dict()) for role in run.optimizers}
+        before = {role: deepcopy(run.nets[role].net.state_dict()) for role in run.optimizers}
         values = train.take_step(run)
         assert {"train/gan_critic", "train/grad_norm_disc"} <= values.keys()
-        now = {role: run.nets[role].state_dict() for role in run.optimizers}
+        now = {role: run.nets[role].net.state_dict() for role in run.optimizers}
         moved.append({role for role in now if any(not torch.equal(now[role][k], v) for k, v in before[role].items())})
     assert moved == [{"student", "critic", "disc"}, {"critic", "disc"}]

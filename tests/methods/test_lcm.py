@@ -9,10 +9,12 @@ from typing import Any
 import mlp
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastdmd.denoiser import Batch, Cond, Denoiser
+from fastdmd.batch import Batch, Cond
+from fastdmd.denoiser import Denoiser
 from fastdmd.methods.lcm import LCM, Config
+from fastdmd.models.net import PLAIN, Call, Out
 from fastdmd.rng import Rng
 from fastdmd.schedule import FlowSchedule, Schedule, VPSchedule
 
@@ -73,7 +75,7 @@ class Definition:
 
     def F(self, role: str, z: Tensor, at: Tensor, cond: Cond, w: Tensor | None = None) -> Tensor:
         told = 1000 * at if self.flow else at.double()
-        return self.nets[role](z, told, Cond(cond.text.double(), guidance=w))
+        return self.nets[role](z, told, Cond(cond.text.double(), guidance=w)).F
 
     def x0(self, z: Tensor, at: Tensor, F: Tensor) -> Tensor:
         alpha, sigma = self.alpha_sigma(at)
@@ -138,7 +140,7 @@ def test_gradient_is_that_of_the_definition(name, change):
     """For the base configuration and with each key changed, and a key that were not read would leave it as it was."""
     schedule = FLOW if name == "flow" else VP
     nets = four_nets(schedule)
-    loss, _ = make(schedule, **change).loss("student", nets, BATCH, make_rng(), {})
+    loss, _ = mlp.loss(make(schedule, **change), "student", nets, BATCH, make_rng(), {})
     loss.backward()
     got = mlp.gradient(nets["student"].net)
     value, want = Definition(nets, name == "flow", **change).gradient()
@@ -151,7 +153,7 @@ def test_gradient_is_that_of_the_definition(name, change):
 def test_a_flow_model_has_no_boundary_scaling():
     """x_t - t v is x_t at t = 0 whatever the key says."""
     nets = four_nets(FLOW)
-    losses = [make(FLOW, **keys).loss("student", nets, BATCH, make_rng(), {})[0] for keys in ({}, VP_ONLY)]
+    losses = [mlp.loss(make(FLOW, **keys), "student", nets, BATCH, make_rng(), {})[0] for keys in ({}, VP_ONLY)]
     assert torch.equal(*losses)
 
 
@@ -163,8 +165,8 @@ def test_every_key_has_a_test():
 @pytest.mark.parametrize("target", ["ema", "student"])
 def test_only_the_student_learns_and_the_target_is_never_the_teacher(target):
     nets = four_nets(FLOW)
-    make(target=target).loss("student", nets, BATCH, make_rng(), {})[0].backward()
-    assert {r for r, n in nets.items() if any(p.grad is not None for p in n.parameters())} == {"student"}
+    mlp.loss(make(target=target), "student", nets, BATCH, make_rng(), {})[0].backward()
+    assert mlp.with_gradient(nets) == {"student"}
     called = {role: [call.grad for call in net.net.calls] for role, net in nets.items()}
     by_target = {"target": [False], "student": [True]} if target == "ema" else {"target": [], "student": [False, True]}
     assert called == {"teacher": [False], "critic": [], **by_target}
@@ -183,8 +185,9 @@ class WrongAt(mlp.MLP):
     def there(self, model_t: Tensor) -> Tensor:
         return column((model_t - self.at).abs() < 1e-3)
 
-    def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond) -> Tensor:
-        return super().forward(x_t, model_t, cond) + 6.0 * self.there(model_t).to(x_t.dtype)
+    def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond, call: Call = PLAIN) -> Out:
+        out = super().forward(x_t, model_t, cond, call)
+        return out._replace(F=out.F + 6.0 * self.there(model_t).to(x_t.dtype))
 
 
 @pytest.mark.parametrize("schedule", [FLOW, VP], ids=["flow", "vp"])
@@ -195,7 +198,7 @@ def test_loss_last_shows_what_the_whole_loss_hides(schedule):
     nets, losses, lasts = four_nets(schedule), [], []
     for student in (mlp.MLP(0), WrongAt(0, at)):
         nets["student"] = Denoiser(student, schedule)
-        loss, metrics = method.loss("student", nets, batch, Rng(0, 0, "student0", size, "cpu"), {})
+        loss, metrics = mlp.loss(method, "student", nets, batch, Rng(0, 0, "student0", size, "cpu"), {})
         total, count = metrics["loss_last"]
         losses.append(loss.item())
         lasts.append(float(total / count))
@@ -209,7 +212,7 @@ def test_without_a_sample_there_loss_last_is_empty():
     nets, rng = four_nets(FLOW), Rng(0, 0, "student0", range(1), "cpu")
     assert rng.integers(50) != 49
     rng = Rng(0, 0, "student0", range(1), "cpu")
-    _, metrics = make(FLOW).loss("student", nets, mlp.make_batch(1), rng, {})
+    _, metrics = mlp.loss(make(FLOW), "student", nets, mlp.make_batch(1), rng, {})
     assert metrics["loss_last"] == (0, 0)
 
 
@@ -221,7 +224,7 @@ def test_a_target_that_is_the_student_is_warned_of():
 
 def test_guidance_of_one_is_a_single_call():
     nets = four_nets(FLOW)
-    make(guidance_range=(1.0, 1.0)).loss("student", nets, BATCH, make_rng(), {})
+    mlp.loss(make(guidance_range=(1.0, 1.0)), "student", nets, BATCH, make_rng(), {})
     (call,) = nets["teacher"].net.calls
     assert torch.equal(call.text, BATCH.cond.text)
 
@@ -229,14 +232,7 @@ def test_guidance_of_one_is_a_single_call():
 # ----------------------------------------------------------------------- flow maps that are known
 
 
-class Analytic(nn.Module):
-    """A network that is a formula of (x_t, t), in float64."""
-
-    def flops(self, shape: torch.Size, text_tokens: int) -> int:
-        return 0
-
-
-class Point(Analytic):
+class Point(mlp.Formula):
     """v or eps of data that are one point, 0.125: every step of the ODE is exact."""
 
     def __init__(self, schedule: Schedule) -> None:
@@ -247,7 +243,7 @@ class Point(Analytic):
         t = model_t / 1000 if self.schedule is FLOW else (model_t + 1) / 1000
         return column(self.schedule.alpha(t)), column(self.schedule.sigma(t))
 
-    def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond) -> Tensor:
+    def F(self, x_t: Tensor, model_t: Tensor) -> Tensor:
         alpha, sigma = self.coeffs(model_t)
         eps = (x_t - alpha * 0.125) / sigma.clamp(min=1e-9)
         return eps - 0.125 if self.schedule is FLOW else eps
@@ -256,10 +252,10 @@ class Point(Analytic):
 class PointMap(Point):
     """The F of an eps model whose f is the end of the ODE at index 0, where some noise is left."""
 
-    def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond) -> Tensor:
+    def F(self, x_t: Tensor, model_t: Tensor) -> Tensor:
         alpha, sigma = self.coeffs(model_t)
         end_alpha, end_sigma = self.coeffs(torch.zeros_like(model_t))
-        end = end_alpha * 0.125 + end_sigma * super().forward(x_t, model_t, cond)
+        end = end_alpha * 0.125 + end_sigma * super().F(x_t, model_t)
         k = 10 * column(model_t)
         x0 = (end - 0.25 / (k**2 + 0.25) * x_t) / (k / (k**2 + 0.25).sqrt()).clamp(min=1e-9)
         return (x_t - alpha * x0) / sigma
@@ -273,7 +269,7 @@ def in_float64(batch: Batch) -> Batch:
 @pytest.mark.parametrize("schedule", [FLOW, VP], ids=["flow", "vp"])
 @pytest.mark.parametrize("loss", ["l2", "huber"])
 @pytest.mark.parametrize("target", ["ema", "student"])
-def test_a_perfect_student_has_no_loss(schedule, loss, target):
+def test_a_perfect_student_has_no_loss(schedule, loss, target, float64):
     student = Point(schedule) if schedule is FLOW else PointMap(schedule)
     made = {"student": student, "teacher": Point(schedule), "target": student}
     nets = {role: Denoiser(net, schedule) for role, net in made.items()}
@@ -281,18 +277,18 @@ def test_a_perfect_student_has_no_loss(schedule, loss, target):
     batch.x0.fill_(0.125)
     method = make(schedule, loss=loss, target=target, guidance_range=(1.0, 1.0))
     for step in range(20):
-        value, _ = method.loss("student", nets, batch, Rng(0, step, "student0", range(4), "cpu"), {})
+        value, _ = mlp.loss(method, "student", nets, batch, Rng(0, step, "student0", range(4), "cpu"), {})
         assert value.item() <= 1e-20
 
 
-class Gaussian(Analytic):
+class Gaussian(mlp.Formula):
     """v of data N(0, scale^2)."""
 
     def __init__(self, scale: float) -> None:
         super().__init__()
         self.scale = scale
 
-    def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond) -> Tensor:
+    def F(self, x_t: Tensor, model_t: Tensor) -> Tensor:
         t = column(model_t / 1000)
         return (t - (1 - t) * self.scale**2) / ((1 - t) ** 2 * self.scale**2 + t**2) * x_t
 
@@ -300,7 +296,7 @@ class Gaussian(Analytic):
 class GaussianMap(Gaussian):
     """F whose x0 is the end of the exact ODE: x scale / sqrt((1 - t)^2 scale^2 + t^2)."""
 
-    def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond) -> Tensor:
+    def F(self, x_t: Tensor, model_t: Tensor) -> Tensor:
         t = column(model_t / 1000)
         end = x_t * self.scale / ((1 - t) ** 2 * self.scale**2 + t**2).sqrt()
         return (x_t - end) / t.clamp(min=1e-9)
@@ -313,10 +309,10 @@ def gaussian_loss(solver_steps: int, scale: float) -> float:
     method = make(loss="l2", solver_steps=solver_steps, guidance_range=(1.0, 1.0))
     batch = in_float64(mlp.make_batch(500))
     batch.x0.mul_(0.5)
-    return method.loss("student", nets, batch, Rng(0, 0, "student0", range(500), "cpu"), {})[0].item()
+    return mlp.loss(method, "student", nets, batch, Rng(0, 0, "student0", range(500), "cpu"), {})[0].item()
 
 
-def test_the_fixed_point_is_the_true_flow_map():
+def test_the_fixed_point_is_the_true_flow_map(float64):
     """Its f differs along a step by an Euler step's error, O(1 / N^2); that of another map by O(1 / N)."""
     ratio = {scale: gaussian_loss(50, scale) / gaussian_loss(200, scale) for scale in (0.45, 0.5, 0.55)}
     assert ratio[0.5] > 100 > 2 * max(ratio[0.45], ratio[0.55])  # four times the steps: 4^4 and 4^2
@@ -342,7 +338,7 @@ def test_samples_are_those_of_diffusers_lcm_scheduler(embedding, monkeypatch):
     cond = Cond(BATCH.cond.text, guidance=w if embedding else None)
     with torch.no_grad():
         for t in scheduler.timesteps:
-            F = nets["student"].net(x, t.expand(4).float(), cond)
+            F = nets["student"].net(x, t.expand(4).float(), cond).F
             x, denoised = scheduler.step(F, t, x, return_dict=False)
         got = make(VP, guidance_embedding=embedding).sample(nets, noise, BATCH.cond, BATCH.uncond, make_noise())
     torch.testing.assert_close(got, denoised, rtol=1e-4, atol=1e-4)

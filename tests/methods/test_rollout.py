@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdmd.denoiser import Batch, Denoiser
+from fastdmd.batch import Batch
+from fastdmd.denoiser import Denoiser
 from fastdmd.rng import Rng
-from fastdmd.rollout import Config, Rollout, rollout
+from fastdmd.rollout import Config, Window
 from fastdmd.sampler import guided, ode, renoise
-from fastdmd.schedule import FlowSchedule
+from fastdmd.schedule import FlowSchedule, coeffs
 
 TIMES = torch.tensor([1.0, 0.9, 0.7, 0.4], dtype=torch.float64)
 SCHEDULE = FlowSchedule(3.0)
@@ -36,8 +37,8 @@ def student() -> Denoiser:
     return mlp.three_nets(SCHEDULE)["student"]
 
 
-def roll(student: Denoiser, step: int, grad: bool = True, batch: Batch = BATCH, **config) -> Rollout:
-    return rollout(student, batch, TIMES, Config(**config), make_rng(step), grad)
+def roll(student: Denoiser, step: int, grad: bool = True, batch: Batch = BATCH, **config) -> mlp.Rolled:
+    return mlp.roll(student, batch, TIMES, Config(**config), make_rng(step), grad)
 
 
 def column(t: Tensor) -> Tensor:
@@ -46,7 +47,7 @@ def column(t: Tensor) -> Tensor:
 
 def x0_of(student: Denoiser, x_t: Tensor, t: Tensor, batch: Batch) -> Tensor:
     """x_t - t v, with the network called by hand."""
-    return x_t - column(t) * student.net(x_t, 1000 * t.float().expand(len(x_t)), batch.cond)
+    return x_t - column(t) * student.net(x_t, 1000 * t.float().expand(len(x_t)), batch.cond).F
 
 
 def walk(student: Denoiser, exit_step: int, rng: Rng) -> Tensor:
@@ -64,8 +65,8 @@ def test_rollout_is_the_walk_to_the_exit_step(student, exit_step):
     told = [call.model_t.tolist() for call in student.net.calls]
     assert told == [[t] * 4 for t in (1000, 900, 700, 400)[: exit_step + 1]]  # and no step past the exit
     torch.testing.assert_close(made.x0_g, walk(student, exit_step, make_rng(step)))
-    assert made.exit_t == TIMES[exit_step]
-    assert made.next_t == [*TIMES.tolist(), 0][exit_step + 1]
+    assert made.window.exit_t == TIMES[exit_step]
+    assert made.window.next_t == [*TIMES.tolist(), 0][exit_step + 1]
 
 
 @pytest.mark.parametrize("exit_step", range(4))
@@ -75,7 +76,7 @@ def test_gradient_only_through_the_exit_step(student, exit_step):
     (made.x0_g * weight).sum().backward()
     got, calls = mlp.gradient(student.net), student.net.calls
     assert [call.grad for call in calls] == [False] * exit_step + [True]
-    student.zero_grad()
+    student.net.zero_grad()
     (x0_of(student, calls[-1].x_t, TIMES[exit_step], BATCH) * weight).sum().backward()
     torch.testing.assert_close(got, mlp.gradient(student.net))
 
@@ -87,21 +88,11 @@ def test_no_gradient_when_none_is_asked_for(student):
     assert torch.equal(made.x0_g, roll(student, step_that_exits(2)).x0_g)
 
 
-def test_detached_rollout_keeps_all_but_the_graph(student):
-    made = roll(student, 0)
-    kept = made.detach()
-    assert made.x0_g.requires_grad
-    assert not kept.x0_g.requires_grad
-    assert torch.equal(made.x0_g, kept.x0_g)
-    assert kept[1:] == made[1:]
-
-
 def test_exit_is_uniform_and_the_same_on_all_ranks_and_micro_batches(student):
     found, small = [], mlp.make_batch(1)
     for step in range(400):
-        exits = [
-            rollout(student, small, TIMES, Config(), make_rng(step, range(i, i + 1)), grad=False).exit_t for i in (0, 5)
-        ]
+        rngs = [make_rng(step, range(i, i + 1)) for i in (0, 5)]
+        exits = [mlp.roll(student, small, TIMES, Config(), rng, grad=False).window.exit_t for rng in rngs]
         assert exits[0] == exits[1]
         found.append(exits[0])
     counts = torch.tensor([found.count(t) for t in TIMES.tolist()])
@@ -112,7 +103,7 @@ def test_exit_is_uniform_and_the_same_on_all_ranks_and_micro_batches(student):
 def test_exit_last(student):
     for step in range(8):
         made = roll(student, step, exit="last")
-        assert (made.exit_t, made.next_t) == (TIMES[-1], 0.0)
+        assert made.window == Window(float(TIMES[-1]), 0.0)
     assert len(student.net.calls) == 8 * len(TIMES)
 
 
@@ -122,7 +113,7 @@ def test_mode_data_noises_a_latent_to_the_exit_time(student):
         made = roll(student, step, mode="data")
         t, eps = TIMES[exit_step], make_rng(step).normal(mlp.SHAPE)
         torch.testing.assert_close(made.x0_g, x0_of(student, (1 - column(t)) * BATCH.x0 + column(t) * eps, t, BATCH))
-        assert (made.exit_t, made.x0_g.requires_grad) == (t, True)
+        assert (made.window.exit_t, made.x0_g.requires_grad) == (t, True)
         assert len(student.net.calls) == 2  # one of them by hand
         student.net.calls.clear()
     with pytest.raises(ValueError, match="needs data with latents"):
@@ -172,10 +163,11 @@ def test_sampling_is_the_rollout_to_the_last_step(student):
 
 def test_guidance_is_one_batched_call(student):
     x_t, t = make_rng().normal(mlp.SHAPE), torch.full((4,), 0.6, dtype=torch.float64)
-    got = guided(student, BATCH.uncond, 4.0)(x_t, t, BATCH.cond)
+    c = coeffs(SCHEDULE, t, x_t)
+    got = guided(student, BATCH.uncond, 4.0)(x_t, c, BATCH.cond)
     (call,) = student.net.calls
     assert torch.equal(call.text, torch.cat([BATCH.cond.text, BATCH.uncond.text]))
-    cond, uncond = student(x_t, t, BATCH.cond), student(x_t, t, BATCH.uncond)
+    cond, uncond = student(x_t, c, BATCH.cond), student(x_t, c, BATCH.uncond)
     torch.testing.assert_close(got, uncond + 4 * (cond - uncond))
     assert guided(student, BATCH.uncond, 1.0) is student
 
@@ -186,22 +178,3 @@ def test_guided_ode_calls_once_a_step(student):
     assert [len(call.x_t) for call in student.net.calls] == [8] * 5
     told = torch.stack([call.model_t for call in student.net.calls], dim=1)
     assert torch.equal(told, (1000 * grid[:-1]).float().expand(8, 5))
-
-
-def test_denoiser_counts_a_call_with_its_backward(student):
-    """A forward, one more where inputs want a gradient, one more where parameters do."""
-    x_t, t = make_rng().normal(mlp.SHAPE), torch.full((4,), 0.6, dtype=torch.float64)
-    forward = student.net.flops(x_t.shape, mlp.TOKENS)
-
-    def cost(x: Tensor) -> float:
-        before = student.flops
-        student.raw(x, t, BATCH.cond)
-        return (student.flops - before) / forward
-
-    assert cost(x_t) == 3
-    student.requires_grad_(False)
-    assert cost(x_t) == 1
-    assert cost(x_t.clone().requires_grad_()) == 2
-    before = student.flops
-    student.raw_pair(x_t, t, BATCH.cond, BATCH.uncond)
-    assert student.flops - before == 2 * forward

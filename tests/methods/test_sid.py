@@ -14,7 +14,7 @@ from score_definition import BASE, BATCH, CASES, CRITIC_ONLY, FLOW_SHIFT, OVERRI
 from torch import Tensor, nn
 
 from fastdmd import rollout as rollouts
-from fastdmd.denoiser import Cond, Denoiser
+from fastdmd.denoiser import Denoiser
 from fastdmd.methods.score_distillation import CriticConfig
 from fastdmd.methods.sid import Config, SiD
 from fastdmd.schedule import FlowSchedule
@@ -33,7 +33,7 @@ def make(**keys: Any) -> SiD:
 def nets() -> dict[str, Denoiser]:
     found = mlp.three_nets(FlowSchedule(FLOW_SHIFT))
     for role in ("teacher", "critic"):  # as the trainer has them in this phase
-        found[role].requires_grad_(False)
+        found[role].net.requires_grad_(False)
     return found
 
 
@@ -63,7 +63,7 @@ class LastFrames(Definition):
 @pytest.mark.parametrize("change", SID_CASES, ids=lambda change: "-".join(map(str, change)))
 def test_student_gradient_is_that_of_the_definition(nets, change):
     """For the base configuration and with each key changed, and a key that were not read would leave it as it was."""
-    loss, metrics = make(**change).loss("student", nets, BATCH, make_rng(), {})
+    loss, metrics = mlp.loss(make(**change), "student", nets, BATCH, make_rng(), {})
     loss.backward()
     got = mlp.gradient(nets["student"].net)
     value, want = sid_gradient(LastFrames(nets, make_rng(), **BASE | change))
@@ -76,8 +76,8 @@ def test_student_gradient_is_that_of_the_definition(nets, change):
 
 @pytest.mark.parametrize("change", [{}, {"critic_train_guidance": 2.5}], ids=str)
 def test_critic_loss_is_dmd_s(nets, change):
-    nets["critic"].requires_grad_(True)
-    make(**change).loss("critic", nets, BATCH, make_rng("critic0"), {})[0].backward()
+    nets["critic"].net.requires_grad_(True)
+    mlp.loss(make(**change), "critic", nets, BATCH, make_rng("critic0"), {})[0].backward()
     _, want = Definition(nets, make_rng("critic0"), **BASE | change).critic_gradient()
     assert close(mlp.gradient(nets["critic"].net), want)
 
@@ -90,7 +90,7 @@ def test_every_key_has_a_test():
 
 def test_stopping_the_scores_keeps_the_value_and_moves_the_gradient(nets):
     """The usual mistake: a loss curve does not show it."""
-    loss, _ = make().loss("student", nets, BATCH, make_rng(), {})
+    loss, _ = mlp.loss(make(), "student", nets, BATCH, make_rng(), {})
     loss.backward()
     got = mlp.gradient(nets["student"].net)
     value, mutant = sid_gradient(Definition(nets, make_rng(), **BASE), stopped=True)
@@ -99,26 +99,22 @@ def test_stopping_the_scores_keeps_the_value_and_moves_the_gradient(nets):
 
 
 def test_scores_get_no_gradient_and_no_buffer_for_one(nets):
-    make().loss("student", nets, BATCH, make_rng(), {})[0].backward()
-    with_gradient = {role for role, net in nets.items() if any(p.grad is not None for p in net.parameters())}
-    assert with_gradient == {"student"}
+    mlp.loss(make(), "student", nets, BATCH, make_rng(), {})[0].backward()
+    assert mlp.with_gradient(nets) == {"student"}
     assert [nets[role].net.calls[-1].grad for role in ("teacher", "critic")] == [True, True]
 
 
 # ------------------------------------------------------------------------- scores that are known
 
 
-class GaussianScore(nn.Module):
+class GaussianScore(mlp.Formula):
     """v of data N(mean, scale^2): E[eps - x0 | x_t] at x_t = (1 - t) x0 + t eps."""
 
     def __init__(self, mean: float, scale: float) -> None:
         super().__init__()
         self.mean, self.scale = mean, scale
 
-    def flops(self, shape: torch.Size, text_tokens: int) -> int:
-        return 0
-
-    def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond) -> Tensor:
+    def F(self, x_t: Tensor, model_t: Tensor) -> Tensor:
         t = model_t.view(-1, *[1] * (x_t.ndim - 1)) / 1000
         variance = ((1 - t) * self.scale) ** 2 + t**2
         centred = x_t - (1 - t) * self.mean
@@ -126,17 +122,14 @@ class GaussianScore(nn.Module):
         return (t / variance) * centred - x0
 
 
-class Affine(nn.Module):
+class Affine(mlp.Formula):
     """A student whose x0 from pure noise is N(mean, scale^2), by the flow map of a Gaussian at t = 1."""
 
     def __init__(self, mean: float, scale: float) -> None:
         super().__init__()
         self.mean, self.scale = nn.Parameter(torch.tensor(mean)), nn.Parameter(torch.tensor(scale))
 
-    def flops(self, shape: torch.Size, text_tokens: int) -> int:
-        return 0
-
-    def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond) -> Tensor:
+    def F(self, x_t: Tensor, model_t: Tensor) -> Tensor:
         return x_t - (self.mean + self.scale * x_t)  # at t = 1: x0 = x_t - v
 
 
@@ -151,7 +144,7 @@ def test_the_loss_and_its_gradient_vanish_at_the_optimum_only(alpha):
     def student_gradient(student: tuple[float, float]) -> tuple[float, float]:
         nets = gaussian_nets((0.5, 0.8), student)
         method = make(alpha=alpha, guidance=1.0, denoising_timesteps=(1000.0,))
-        loss, _ = method.loss("student", nets, BATCH, make_rng(), {})
+        loss, _ = mlp.loss(method, "student", nets, BATCH, make_rng(), {})
         loss.backward()
         return abs(loss.item()), mlp.gradient(nets["student"].net).norm().item()
 
@@ -165,5 +158,5 @@ def test_a_step_against_the_gradient_comes_nearer_to_the_teacher():
     """A wrong sign would move the mean away."""
     nets = gaussian_nets((0.5, 0.8), (1.0, 0.8))
     method = make(guidance=1.0, denoising_timesteps=(1000.0,))
-    method.loss("student", nets, BATCH, make_rng(), {})[0].backward()
+    mlp.loss(method, "student", nets, BATCH, make_rng(), {})[0].backward()
     assert float(nets["student"].net.mean.grad) > 0

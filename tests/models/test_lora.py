@@ -1,6 +1,8 @@
 """Adapters in our networks, off and on, and their file in stock diffusers."""
 
 import re
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,15 +11,15 @@ from safetensors.torch import load_file
 from test_sdxl import TINY, inputs, randomized, stock
 from torch import nn
 
-from fastdmd.denoiser import Cond
+from fastdmd.batch import Cond
 from fastdmd.models.lora import (
-    SDXL_TARGETS,
     WAN_TARGETS,
     add_lora,
     export_lora,
-    lora_off,
     lora_parameters,
+    start_lora,
 )
+from fastdmd.models.net import cast
 from fastdmd.models.sdxl.net import SDXL
 from fastdmd.models.wan.layers import WanConfig
 from fastdmd.models.wan.net import Wan
@@ -27,6 +29,8 @@ WAN = WanConfig(
     freq_dim=32,
 )  # fmt: skip
 RANK, ALPHA = 4, 6.0
+RECIPE = Path(__file__).parents[2] / "configs" / "sdxl_lcm_lora.toml"
+SDXL_TARGETS = tuple(tomllib.loads(RECIPE.read_text(encoding="utf-8"))["lora"]["targets"])
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +53,8 @@ NETS = pytest.mark.parametrize(("make", "targets"), [(sdxl, SDXL_TARGETS), (wan,
 def adapted(make, targets, seed=0):
     """A network with adapters that do something, and its inputs."""
     net, batch = make()
-    add_lora(net, RANK, ALPHA, targets, seed)
+    add_lora(net, RANK, ALPHA, targets)
+    start_lora(net, seed, torch.device("cpu"), torch.float32)
     for name, p in lora_parameters(net).items():
         if ".lora_B." in name:
             nn.init.normal_(p, std=0.1)
@@ -65,13 +70,15 @@ def matched(net, targets):
 @NETS
 def test_adapters_start_at_nothing_in_every_target(make, targets):
     net, batch = make()
-    before, layers = net(*batch), matched(net, targets)
-    add_lora(net, RANK, ALPHA, targets, seed=0)
-    assert torch.equal(net(*batch), before)
+    before, layers = net(*batch).F, matched(net, targets)
+    add_lora(net, RANK, ALPHA, targets)
+    start_lora(net, 0, torch.device("cpu"), torch.float32)
+    assert torch.equal(net(*batch).F, before)
     adapters = lora_parameters(net)
     assert adapters.keys() == {f"{n}.lora_{side}.default.weight" for n in layers for side in "AB"}
-    assert {n for n, p in net.named_parameters() if p.requires_grad} == adapters.keys()
-    net(*batch).square().sum().backward()
+    for adapter in adapters.values():  # a Denoiser says who learns
+        adapter.requires_grad_(True)
+    net(*batch).F.square().sum().backward()
     for name, p in adapters.items():  # A's gradient is through B, which is zero
         assert (p.grad.abs().max() > 0) == (".lora_B." in name), name
 
@@ -101,7 +108,7 @@ def test_adapters_are_alpha_over_rank_of_b_a(make, targets):
             value = value + ALPHA / RANK * product
         merged[name.replace("base_layer.", "")] = value
     plain.load_state_dict(merged)
-    torch.testing.assert_close(net(*batch), plain(*batch), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(net(*batch).F, plain(*batch).F, rtol=1e-4, atol=1e-4)
 
 
 def test_adapters_are_drawn_from_their_seed():
@@ -114,53 +121,9 @@ def test_adapters_are_drawn_from_their_seed():
 def test_a_target_that_is_no_layer_is_refused():
     net, _ = wan()
     with pytest.raises(ValueError, match=r"^lora.targets: no layer is called to_qq, norm_q; ") as e:
-        add_lora(net, RANK, ALPHA, ("to_k", "to_qq", "norm_q"), seed=0)
+        add_lora(net, RANK, ALPHA, ("to_k", "to_qq", "norm_q"))
     assert "\n" not in str(e.value)
     assert lora_parameters(net) == {}
-
-
-@NETS
-def test_off_is_the_base_and_on_again_is_as_before(make, targets):
-    net, batch = make()
-    base = net(*batch)
-    net, _ = adapted(lambda: (net, batch), targets)
-    adapters = lora_parameters(net)
-    frozen = next(iter(adapters))
-    adapters[frozen].requires_grad_(False)
-    on = net(*batch)
-    with lora_off(net):
-        assert torch.equal(net(*batch), base)
-    assert (on - base).abs().max() > 1e-2
-    assert torch.equal(net(*batch), on)
-    assert [name for name, p in adapters.items() if not p.requires_grad] == [frozen]
-
-    with pytest.raises(RuntimeError, match="stop"), lora_off(net):
-        raise RuntimeError("stop")
-    assert torch.equal(net(*batch), on)
-
-
-def test_a_teacher_on_the_same_base_changes_no_gradient():
-    """The student's graph is made first, then the teacher is asked, then comes the backward: as in a loss."""
-    net, batch = adapted(sdxl, SDXL_TARGETS)
-    adapters = lora_parameters(net)
-    expected = torch.autograd.grad(net(*batch).square().sum(), list(adapters.values()))
-    F = net(*batch)
-    with torch.no_grad(), lora_off(net):
-        net(*batch)
-    F.square().sum().backward()
-    assert all(torch.equal(p.grad, g) for p, g in zip(adapters.values(), expected, strict=True))
-
-
-def test_checkpoints_inside_are_refused_by_torch():
-    """They would be recomputed with the adapters on: not silently."""
-    net, (x_t, model_t, cond) = adapted(sdxl, SDXL_TARGETS)
-    net.checkpointing = True
-    net.requires_grad_(False)
-    x_t.requires_grad_()
-    with lora_off(net):
-        F = net(x_t, model_t, cond)
-    with pytest.raises(torch.utils.checkpoint.CheckpointError):
-        F.sum().backward()
 
 
 def test_a_file_of_sdxl_in_a_stock_pipeline(tmp_path):
@@ -177,7 +140,7 @@ def test_a_file_of_sdxl_in_a_stock_pipeline(tmp_path):
     loaded = {name for name, _ in theirs.named_parameters() if ".lora_" in name}
     assert len(loaded) == len(lora_parameters(net))
     torch.testing.assert_close(
-        theirs(x_t, model_t, cond.text, added_cond_kwargs=added).sample, net(x_t, model_t, cond), rtol=0, atol=1e-4
+        theirs(x_t, model_t, cond.text, added_cond_kwargs=added).sample, net(x_t, model_t, cond).F, rtol=0, atol=1e-4
     )
 
 
@@ -188,12 +151,12 @@ def test_a_file_of_wan_in_a_stock_transformer(tmp_path):
     base = {name.replace("base_layer.", ""): v for name, v in net.state_dict().items() if ".lora_" not in name}
     theirs.load_state_dict(base)
     theirs.load_lora_adapter(load_file(tmp_path / "lora.safetensors"), prefix="transformer")
-    torch.testing.assert_close(theirs(x_t, model_t, cond.text).sample, net(x_t, model_t, cond), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(theirs(x_t, model_t, cond.text).sample, net(x_t, model_t, cond).F, rtol=1e-4, atol=1e-4)
 
 
 def test_adapters_are_cast_with_their_network():
     net, batch = adapted(sdxl, SDXL_TARGETS)
-    exact = net(*batch)
-    masters = net.cast(torch.bfloat16)
+    exact = net(*batch).F
+    masters = cast(net, torch.bfloat16)
     assert lora_parameters(net).keys() <= masters.keys()
-    assert (net(*batch).float() - exact).norm() / exact.norm() < 0.1
+    assert (net(*batch).F.float() - exact).norm() / exact.norm() < 0.1

@@ -9,7 +9,8 @@ from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionMo
 from tiny import UNET
 from torch import Tensor, nn
 
-from fastdmd.denoiser import Cond
+from fastdmd.batch import Cond
+from fastdmd.models.net import Call, cast
 from fastdmd.models.sdxl.net import SDXL, SDXLConfig, guidance_embedding
 
 TINY = replace(
@@ -56,7 +57,7 @@ def test_equals_the_stock_call(config):
     ours, theirs = randomized(SDXL(config)), stock(config)
     theirs.load_state_dict(ours.unet.state_dict())
     x_t, model_t, cond = inputs(config)
-    F = ours(x_t, model_t, cond)
+    F = ours(x_t, model_t, cond).F
     told = None if cond.guidance is None else guidance_embedding(cond.guidance, 14)
     added = {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
     reference = theirs(x_t, model_t.long(), cond.text, timestep_cond=told, added_cond_kwargs=added, return_dict=False)[
@@ -70,7 +71,7 @@ def test_features_are_what_the_next_block_is_given(checkpointing):
     """Of two blocks down, the middle and two up; F, and the gradient through the maps, whether recomputed or not."""
     ours, theirs = randomized(SDXL(TINY)).train(), stock(TINY)
     theirs.load_state_dict(ours.unet.state_dict())
-    ours.checkpointing = checkpointing
+    ours.recompute_blocks(checkpointing)
     x_t, model_t, cond = inputs(TINY)
     given: list[Tensor] = []
 
@@ -83,7 +84,7 @@ def test_features_are_what_the_next_block_is_given(checkpointing):
     x_ref = x_t.clone().requires_grad_()
     reference = theirs(x_ref, model_t.long(), cond.text, added_cond_kwargs=added, return_dict=False)[0]
     x_t.requires_grad_()
-    F, maps = ours.features(x_t, model_t, cond, (0, 1, 2, 3, 4))
+    F, maps = ours(x_t, model_t, cond, Call(layers=(0, 1, 2, 3, 4)))
     torch.testing.assert_close(F, reference, rtol=0, atol=0)
     assert tuple(x.shape[1] for x in maps) == ours.widths == (8, 16, 16, 16, 8)
     for found, wanted in zip(maps, given, strict=True):
@@ -94,7 +95,7 @@ def test_features_are_what_the_next_block_is_given(checkpointing):
         for each, x in ((maps, x_t), (given, x_ref))
     )
     torch.testing.assert_close(found, wanted)
-    assert len(ours.features(x_t, model_t, cond, (2,))[1]) == 1
+    assert len(ours(x_t, model_t, cond, Call(layers=(2,)))[1]) == 1
     assert not any(block._forward_hooks for block in ours.blocks)
 
 
@@ -141,16 +142,16 @@ def test_a_stock_pipeline_tells_the_same_at_guidance_scale_w():
     [((sample, t), kwargs, (out, *_))] = calls
     told = Cond(cond.text, cond.pooled, kwargs["added_cond_kwargs"]["time_ids"], torch.tensor([w]))
     with torch.no_grad():
-        assert (out - net(sample, t[None], told)).abs().max() < 1e-4
+        assert (out - net(sample, t[None], told).F).abs().max() < 1e-4
         other = replace(told, guidance=torch.tensor([w + 1]))
-        assert (out - net(sample, t[None], other)).abs().max() > 1e-2
+        assert (out - net(sample, t[None], other).F).abs().max() > 1e-2
 
 
 def test_a_guidance_embedding_starts_at_zero():
     net = SDXL(TOLD)
     x_t, model_t, cond = inputs(TOLD)
-    F = net(x_t, model_t, cond)
-    assert torch.equal(F, net(x_t, model_t, replace(cond, guidance=cond.guidance + 2)))
+    F = net(x_t, model_t, cond).F
+    assert torch.equal(F, net(x_t, model_t, replace(cond, guidance=cond.guidance + 2)).F)
     F.square().mean().backward()
     assert net.unet.time_embedding.cond_proj.weight.grad.abs().max() > 0  # and moves
 
@@ -189,8 +190,9 @@ def test_architectures_that_are_none(values, key, message):
 def test_cast_rounds_all_and_keeps_masters():
     net = randomized(SDXL(TOLD))
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
-    exact = net(*(batch := inputs(TOLD)))
-    masters = net.cast(torch.bfloat16)
+    batch = inputs(TOLD)
+    exact = net(*batch).F
+    masters = cast(net, torch.bfloat16)
     assert masters.keys() == before.keys()
     for name, p in net.named_parameters():
         assert torch.equal(p, before[name].bfloat16())
@@ -202,14 +204,14 @@ def test_cast_rounds_all_and_keeps_masters():
     added = {"text_embeds": cond.pooled.bfloat16(), "time_ids": cond.time_ids}
     told = guidance_embedding(cond.guidance, 14).bfloat16()
     reference = theirs(x_t.bfloat16(), model_t, cond.text.bfloat16(), timestep_cond=told, added_cond_kwargs=added)
-    F = net(*batch)
+    F = net(*batch).F
     assert torch.equal(F, reference.sample)
     assert 0 < (F.float() - exact).norm() / exact.norm() < 0.1
 
 
 def test_cast_to_float32_keeps_all():
     net = SDXL(TINY)
-    assert net.cast(torch.float32) == {}
+    assert cast(net, torch.float32) == {}
     assert {p.dtype for p in net.parameters()} == {torch.float32}
 
 
@@ -217,10 +219,10 @@ def test_checkpointing_changes_nothing():
     net, batch, calls = randomized(SDXL(TINY)), inputs(TINY), []
     net.unet.mid_block.resnets[1].register_forward_pre_hook(lambda *_: calls.append(1))
     names, parameters = zip(*net.named_parameters(), strict=True)
-    expected = torch.autograd.grad(net(*batch).square().sum(), parameters)
+    expected = torch.autograd.grad(net(*batch).F.square().sum(), parameters)
     assert (net.checkpointing, len(calls)) == (False, 1)
-    net.checkpointing = True
-    again = torch.autograd.grad(net(*batch).square().sum(), parameters)
+    net.recompute_blocks(True)
+    again = torch.autograd.grad(net(*batch).F.square().sum(), parameters)
     assert (net.checkpointing, len(calls)) == (True, 3)  # the block ran again in the backward
     for name, a, b in zip(names, expected, again, strict=True):
         torch.testing.assert_close(a, b, msg=name)
@@ -237,7 +239,7 @@ def test_from_scratch_is_drawn_from_the_seed_and_starts_at_zero():
     first, again, other = (dict(net.named_parameters()) for net in nets)
     assert all(torch.equal(value, again[name]) for name, value in first.items())
     assert not torch.equal(first["unet.conv_in.weight"], other["unet.conv_in.weight"])
-    assert torch.equal(nets[0](*inputs(TINY)), torch.zeros(3, 3, 8, 8))
+    assert torch.equal(nets[0](*inputs(TINY)).F, torch.zeros(3, 3, 8, 8))
     assert not any(first[f"unet.mid_block.resnets.{i}.conv2.weight"].any() for i in (0, 1))
 
 

@@ -6,9 +6,10 @@ from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURE, make_config, write_wan
 
 from fastdmd import train
-from fastdmd.denoiser import Cond
+from fastdmd.batch import Cond
+from fastdmd.models import attention
+from fastdmd.models.net import Call
 from fastdmd.models.wan import folder
-from fastdmd.models.wan import layers as wan
 from fastdmd.models.wan.net import VSAConfig, Wan
 from fastdmd.resume import reopen
 from fastdmd.run import build
@@ -24,6 +25,11 @@ def inputs(B: int = 2) -> tuple[torch.Tensor, torch.Tensor, Cond]:
     return torch.randn(B, 3, 3, 10, 8), torch.full((B,), 500.0), Cond(torch.randn(B, 8, 32))
 
 
+def called(net: Wan, batch: tuple[torch.Tensor, torch.Tensor, Cond], sparsity: float) -> torch.Tensor:
+    """F at that sparsity."""
+    return net(*batch, Call(attention=net.attention(batch[0].shape, sparsity))).F
+
+
 def randomized(net: Wan) -> Wan:
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -33,20 +39,18 @@ def randomized(net: Wan) -> Wan:
 def test_a_sparse_wan_is_the_reference_in_every_block(monkeypatch):
     torch.manual_seed(0)
     net, batch = randomized(Wan(ARCHITECTURE, TILE)), inputs()
-    net.sparsity = 0.6
-    F = net(*batch)
+    F = called(net, batch, 0.6)
     kept = []
 
     def reference(q, k, v, gate, tiles, topk):
         kept.append((tiles.grid, tiles.n, topk))
         return vsa_reference(q, k, v, gate, tiles, topk)
 
-    monkeypatch.setattr(wan, "video_sparse_attention", reference)
-    torch.testing.assert_close(net(*batch), F)
+    monkeypatch.setattr(attention, "video_sparse_attention", reference)
+    torch.testing.assert_close(called(net, batch, 0.6), F)
     assert kept == [((3, 5, 4), 12, 5)]  # ceil(0.4 * 12) of 2 x 3 x 2 tiles, in the one block
-    for change in ({"sparsity": 0.0}, {"sparsity": 0.9}):
-        net.sparsity = change["sparsity"]
-        assert not torch.allclose(net(*batch), F, atol=1e-3)
+    for sparsity in (0.0, 0.9):
+        assert not torch.allclose(called(net, batch, sparsity), F, atol=1e-3)
 
 
 def test_the_gate_is_read_from_the_modulated_tokens():
@@ -59,13 +63,30 @@ def test_the_gate_is_read_from_the_modulated_tokens():
     read = []
     for linear in (net.blocks[0].attn1.to_q, gate):
         linear.register_forward_pre_hook(lambda _, given: read.append(given[0]))
-    F = net(*batch)
+    F = called(net, batch, 0.0)
     assert read[0] is read[1]
     F.square().mean().backward()
     assert gate.weight.grad.abs().max() > 0
     with torch.no_grad():
         gate.bias.fill_(1.0)
-    assert not torch.allclose(net(*batch), F, atol=1e-4)
+    assert not torch.allclose(called(net, batch, 0.0), F, atol=1e-4)
+
+
+def test_a_network_with_gates_is_not_called_dense():
+    with pytest.raises(ValueError, match="the attention of its grid"):
+        Wan(ARCHITECTURE, TILE)(*inputs())
+
+
+def test_networks_share_no_tables():
+    """What one makes on the meta device another never meets."""
+    with torch.device("meta"):
+        shapes = Wan(ARCHITECTURE, TILE)
+        batch = inputs()
+        called(shapes, batch, 0.5)
+    assert {device.type for _, device in shapes.geometries} == {"meta"}
+    net = Wan(ARCHITECTURE, TILE)
+    assert called(net, inputs(), 0.5).isfinite().all()
+    assert {device.type for _, device in net.geometries} == {"cpu"}
 
 
 def test_cross_attention_stays_dense():
@@ -111,7 +132,7 @@ def test_each_role_has_the_attention_that_it_is_given(tmp_path):
         "teacher": None,
         "critic": None,
     }
-    assert {role: denoiser.net.sparsity for role, denoiser in run.nets.items()} == {
+    assert {role: denoiser.sparsity for role, denoiser in run.nets.items()} == {
         "student": 0.5,
         "teacher": 0.0,
         "critic": 0.0,
@@ -123,14 +144,14 @@ def test_a_run_warms_up_trains_its_gates_and_resumes_at_its_sparsity(tmp_path):
     run = build(config)
     seen = []
     for _ in range(5):
-        seen.append({denoiser.net.sparsity for denoiser in run.nets.values()})
+        seen.append({denoiser.sparsity for denoiser in run.nets.values()})
         train.take_step(run)
     assert seen == [{0.0}, {0.0}, {0.2}, {0.2}, {0.4}]
     assert run.nets["student"].net.blocks[0].attn1.to_gate_compress.weight.abs().max() > 0
 
     done = train.train(config)
     reopened = reopen(done.folder)
-    assert reopened.nets["student"].net.sparsity == done.nets["student"].net.sparsity == 0.4
+    assert reopened.nets["student"].sparsity == done.nets["student"].sparsity == 0.4
     gate = "blocks.0.attn1.to_gate_compress.weight"
     masters = reopened.optimizers["student"].masters
     assert torch.equal(masters[gate], run.optimizers["student"].masters[gate])

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import product
 
+import mlp
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
@@ -12,14 +13,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdmd.denoiser import Batch, Cond, Denoiser
+from fastdmd.batch import Batch, Cond
+from fastdmd.denoiser import Denoiser
 from fastdmd.methods.dmd import DMD
 from fastdmd.methods.score_distillation import CriticConfig
+from fastdmd.models.net import Call, cast
 from fastdmd.models.wan.layers import WanConfig, rope_table, rotate
 from fastdmd.models.wan.net import Wan
 from fastdmd.rollout import Config as RolloutConfig
 from fastdmd.schedule import FlowSchedule
-from fastdmd_kernels.tiles import raster_order, tile_order
+from fastdmd_kernels.tiles import Tiles, raster_order, tile_order
 
 TINY = WanConfig(
     num_attention_heads=3, attention_head_dim=12, num_layers=2, ffn_dim=40, in_channels=4, out_channels=4, text_dim=24,
@@ -83,7 +86,7 @@ def test_equals_diffusers(config, latent):
     ours, theirs = randomized(Wan(config)), WanTransformer3DModel(**asdict(config))
     theirs.load_state_dict(ours.state_dict())
     x_t, model_t, cond = inputs(config, latent)
-    F, reference = ours(x_t, model_t, cond), theirs(x_t, model_t, cond.text).sample
+    F, reference = ours(x_t, model_t, cond).F, theirs(x_t, model_t, cond.text).sample
     assert F.shape == reference.shape
     assert relative(F, reference) <= 1e-5
     expected = gradients(theirs, reference)
@@ -117,7 +120,7 @@ def test_orders_refuse_empty(bad):
 @pytest.mark.parametrize("K", [12, 16, 20])
 def test_rope_table_equals_complex_powers(K):
     grid, tile, side = (3, 2, 5), (2, 2, 2), 2 * (K // 6)
-    cos, sin = rope_table(grid, K, tile, torch.device("cpu"))
+    cos, sin = rope_table(grid, K, tile and Tiles(grid, tile), torch.device("cpu"))
     places = list(product(*map(range, grid)))
     for row, token in enumerate(slow_order(grid, tile)):
         angles = [
@@ -157,7 +160,8 @@ def test_sparse_attention_that_keeps_every_tile_is_dense(grid, tile):
     assert all("to_gate_compress" in name for name in unset.missing_keys)
     assert not unset.unexpected_keys
     x_t, model_t, cond = inputs(TINY, (grid[0], 2 * grid[1], 2 * grid[2]))
-    F, reference = tiled(x_t, model_t, cond), raster(x_t, model_t, cond)
+    call = Call(attention=tiled.attention(x_t.shape, 0.0))
+    F, reference = tiled(x_t, model_t, cond, call).F, raster(x_t, model_t, cond).F
     assert relative(F, reference) <= 1e-5
     expected, found = gradients(raster, reference), gradients(tiled, F)
     assert max(relative(found[name], g) for name, g in expected.items()) <= 1e-4
@@ -190,16 +194,16 @@ def test_checkpointing_changes_nothing():
     calls = []
     net.blocks[1].register_forward_pre_hook(lambda *_: calls.append(1))
     batch = inputs(TINY, LATENT)
-    F = net(*batch)
+    F = net(*batch).F
     expected = gradients(net, F)
     assert len(calls) == 1
-    net.checkpointing = True
-    again = net(*batch)
+    net.recompute_blocks(True)
+    again = net(*batch).F
     assert torch.equal(again, F)
     assert all(torch.equal(g, expected[name]) for name, g in gradients(net, again).items())
     assert len(calls) == 3  # the block ran again in the backward
     with torch.no_grad():
-        assert torch.equal(net(*batch), F)
+        assert torch.equal(net(*batch).F, F)
 
 
 def test_cast_rounds_what_diffusers_rounds(tmp_path):
@@ -209,9 +213,9 @@ def test_cast_rounds_what_diffusers_rounds(tmp_path):
     theirs.load_state_dict(net.state_dict())
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     batch = inputs(TINY, LATENT)
-    exact = net(*batch)
+    exact = net(*batch).F
 
-    masters = net.cast(torch.bfloat16)
+    masters = cast(net, torch.bfloat16)
     assert {n: p.dtype for n, p in net.named_parameters()} == {n: p.dtype for n, p in theirs.named_parameters()}
     assert masters.keys() == {name for name, p in net.named_parameters() if p.dtype == torch.bfloat16}
     for name, p in net.named_parameters():
@@ -222,12 +226,12 @@ def test_cast_rounds_what_diffusers_rounds(tmp_path):
 
     x_t, model_t, cond = batch
     reference = theirs(x_t.bfloat16(), model_t, cond.text.bfloat16()).sample
-    assert relative(net(*batch).float(), exact) <= 1.1 * relative(reference.float(), exact)
+    assert relative(net(*batch).F.float(), exact) <= 1.1 * relative(reference.float(), exact)
 
 
 def test_cast_to_float32_keeps_all():
     net = Wan(TINY)
-    assert net.cast(torch.float32) == {}
+    assert cast(net, torch.float32) == {}
     assert {p.dtype for p in net.parameters()} == {torch.float32}
 
 
@@ -236,13 +240,13 @@ def test_flops_equal_the_counter(tile):
     config = replace(TINY, out_channels=6)
     with torch.device("meta"):  # on the CPU attention is one op that the counter does not know
         net, x_t, model_t, text = Wan(config, tile), torch.empty(3, 4, *LATENT), torch.empty(3), torch.empty(3, 7, 24)
-    net.sparsity = 0.7
+    call = Call(attention=net.attention(x_t.shape, 0.7))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net(x_t, model_t, Cond(text))
+        net(x_t, model_t, Cond(text), call)
     # the counter does not see into the fine stage of sparse attention: 6 of 18 tiles of 8 tokens kept, 3 heads of 12,
     # two products, two blocks, batch 3
     fine = 0 if tile is None else 2 * 2 * (18 * 6 * 8 * 8) * 3 * 12 * 2 * 3
-    assert net.flops(x_t.shape, 7) == counter.get_total_flops() + fine
+    assert net.flops(x_t.shape, 7, call) == counter.get_total_flops() + fine
 
 
 class DeviceWatch(TorchDispatchMode):
@@ -293,20 +297,20 @@ def test_a_step_of_dmd_has_no_float64_and_no_sync(dtype, tile, guidance, critic_
     for role in config.roles:
         with torch.device("meta"):
             net = Wan(TINY, tile)
-        net.cast(dtype)
-        net.checkpointing = True
+        cast(net, dtype)
+        net.recompute_blocks(True)
         nets[role] = Denoiser(net, FlowSchedule(5.0))
     text = torch.empty(3, 7, TINY.text_dim, device="meta")
     batch = Batch(Cond(text), Cond(text), (4, *LATENT))
     carry = {}
     with DeviceWatch() as watch:
         for phase in ("student", "critic"):
-            for role, net in nets.items():
-                net.requires_grad_(role == phase)
-            loss, metrics = method.loss(phase, nets, batch, MetaRng(3), carry)
+            for role, denoiser in nets.items():
+                denoiser.learn(role == phase)
+            loss, metrics = mlp.loss(method, phase, nets, batch, MetaRng(3), carry)
             loss.backward()
             assert all(value.device.type == "meta" for value in (loss, *metrics.values()))
-            assert all(p.grad is not None for p in nets[phase].parameters())
+            assert all(p.grad is not None for p in nets[phase].trainable.values())
     assert {"addmm", "native_layer_norm_backward"} <= watch.names  # forward and backward were watched
     assert torch.float64 not in watch.dtypes
     assert "_local_scalar_dense" not in watch.names

@@ -5,6 +5,7 @@ B batch, C channel, T frames, H W space. Latents have four tokens a frame.
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import causal_reference as reference
@@ -15,11 +16,12 @@ from test_wan import gradients, randomized, relative
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdmd.denoiser import Cond
+from fastdmd.batch import Cond
+from fastdmd.models.net import Call, cast
 from fastdmd.models.wan.causal import CausalWan
 from fastdmd.models.wan.net import Wan
 
-FRAMES = [1, 2, 3]  # of the blocks
+FRAMES = (1, 2, 3)  # of the blocks
 SLICES = [slice(0, 1), slice(1, 3), slice(3, 6)]
 NUMBERS = [0, 1, 1, 2, 2, 2]  # of each frame's block
 SIZE = 4  # tokens of a frame
@@ -50,7 +52,7 @@ def in_turn(net: CausalWan, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
     with torch.no_grad():
         return torch.cat(
             [
-                net.forward_block(x[:, :, frames], 1000 * t[:, i], cond, cache, write=True)
+                net(x[:, :, frames], 1000 * t[:, i], cond, Call(cache=cache, write=True)).F
                 for i, frames in enumerate(SLICES)
             ],
             dim=2,
@@ -67,19 +69,19 @@ def test_one_block_of_all_frames_is_wan(net):
     plain.load_state_dict(net.state_dict())
     x, t, cond = inputs()
     t = 1000 * t[:, 0]
-    expected = plain(x, t, cond)
+    expected = plain(x, t, cond).F
     for F in (
-        net(x, t, cond),
-        net.forward_block(x, t, cond, net.start_video(x.shape)),
-        net.forward_blocks(x, t[:, None], cond, [6]),
+        net(x, t, cond).F,
+        net(x, t, cond, Call(cache=net.start_video(x.shape))).F,
+        net(x, t[:, None], cond, Call(blocks=(6,))).F,
     ):
         assert relative(F, expected) <= 1e-12
-        assert far(gradients(net, F), gradients(plain, plain(x, t, cond))) <= 1e-12
+        assert far(gradients(net, F), gradients(plain, plain(x, t, cond).F)) <= 1e-12
 
 
 def test_blocks_in_turn_are_one_pass_with_a_mask(net):
     x, t, cond = inputs()
-    F = net.forward_blocks(x, 1000 * t, cond, FRAMES)
+    F = net(x, 1000 * t, cond, Call(blocks=FRAMES)).F
     assert relative(in_turn(net, x, t, cond), F) <= 1e-12
     expected = reference.velocity(net, x, t[:, NUMBERS], cond.text, NUMBERS)
     assert relative(F, expected) <= 1e-10
@@ -92,10 +94,10 @@ def test_a_block_s_gradient_stops_at_what_is_held(net):
     cache = net.start_video(x.shape)
     for i, frames in enumerate(SLICES[:2]):
         with torch.no_grad():
-            net.forward_block(x[:, :, frames], 1000 * t[:, i], cond, cache, write=True)
-    F = net.forward_block(x[:, :, 3:], 1000 * t[:, 2], cond, cache)
+            net(x[:, :, frames], 1000 * t[:, i], cond, Call(cache=cache, write=True))
+    F = net(x[:, :, 3:], 1000 * t[:, 2], cond, Call(cache=cache)).F
     with torch.no_grad():
-        net.forward_block(x[:, :, 3:] + 1, 1000 * t[:, 2], cond, cache, write=True)
+        net(x[:, :, 3:] + 1, 1000 * t[:, 2], cond, Call(cache=cache, write=True))
     in_turn(net, x + 2, t, cond)
     got = gradients(net, F)
     held, leaking = (reference.velocity(net, x, t[:, NUMBERS], cond.text, NUMBERS, held=n)[:, :, 3:] for n in (3, 0))
@@ -110,32 +112,32 @@ def test_keys_are_held_at_their_own_frames(net):
     cache = net.start_video(x.shape)
     with torch.no_grad():
         for _ in range(2):
-            net.forward_block(x[:, :, :2], 1000 * t[:, 0], cond, cache, write=True)
-    first, second = cache.k[0].chunk(2, dim=1)
+            net(x[:, :, :2], 1000 * t[:, 0], cond, Call(cache=cache, write=True))
+    first, second = cache.cache.k[0].chunk(2, dim=1)
     angle = 2 * 10000.0 ** -(torch.arange(2, dtype=torch.float64) / 2)  # K 12: 2 pairs for t, h and w each
     turn = torch.polar(torch.ones(6, dtype=torch.float64), torch.cat([angle, torch.zeros(4)]))
     pairs = torch.view_as_complex(first.unflatten(-1, (-1, 2)).contiguous())
     assert relative(second, torch.view_as_real(pairs * turn).flatten(-2)) <= 1e-12
     assert relative(second, first) > 0.1
-    assert torch.equal(*cache.v[0].chunk(2, dim=1))
+    assert torch.equal(*cache.cache.v[0].chunk(2, dim=1))
 
 
 def test_only_a_write_changes_the_cache(net):
     x, t, cond = inputs()
     cache = net.start_video(x.shape)
-    for tensor in (*cache.k, *cache.v):
+    for tensor in (*cache.cache.k, *cache.cache.v):
         tensor.fill_(torch.nan)
-    net.forward_block(x[:, :, :1], 1000 * t[:, 0], cond, cache)
+    net(x[:, :, :1], 1000 * t[:, 0], cond, Call(cache=cache))
     assert cache.tokens == 0
-    assert all(tensor.isnan().all() for tensor in (*cache.k, *cache.v))
+    assert all(tensor.isnan().all() for tensor in (*cache.cache.k, *cache.cache.v))
     with torch.no_grad():
-        net.forward_block(x[:, :, :1], 1000 * t[:, 0], cond, cache, write=True)
+        net(x[:, :, :1], 1000 * t[:, 0], cond, Call(cache=cache, write=True))
     assert cache.tokens == SIZE
-    for tensor in (*cache.k, *cache.v):
+    for tensor in (*cache.cache.k, *cache.cache.v):
         assert not tensor[:, :SIZE].isnan().any()
         assert tensor[:, SIZE:].isnan().all()
     with pytest.raises(AssertionError):
-        net.forward_block(x[:, :, 1:2], 1000 * t[:, 0], cond, cache, write=True)
+        net(x[:, :, 1:2], 1000 * t[:, 0], cond, Call(cache=cache, write=True))
 
 
 def test_one_cache_serves_all_videos(net):
@@ -143,17 +145,17 @@ def test_one_cache_serves_all_videos(net):
     x, t, cond = inputs()
     first = in_turn(net, x, t, cond)
     cache = net.start_video(x.shape)
-    places = [tensor.data_ptr() for tensor in (*cache.k, *cache.v)]
-    assert {tuple(tensor.shape) for tensor in (*cache.k, *cache.v)} == {(2, 6 * SIZE, 2, 12)}
-    for tensor in (*cache.k, *cache.v):
+    places = [tensor.data_ptr() for tensor in (*cache.cache.k, *cache.cache.v)]
+    assert {tuple(tensor.shape) for tensor in (*cache.cache.k, *cache.cache.v)} == {(2, 6 * SIZE, 2, 12)}
+    for tensor in (*cache.cache.k, *cache.cache.v):
         tensor.fill_(torch.nan)
     assert torch.equal(in_turn(net, x, t, cond), first)
-    assert net.start_video(x.shape) is cache
-    assert [tensor.data_ptr() for tensor in (*cache.k, *cache.v)] == places
+    assert net.start_video(x.shape).cache is cache.cache
+    assert [tensor.data_ptr() for tensor in (*cache.cache.k, *cache.cache.v)] == places
     for other in (x[:1], x[:, :, :5]):
-        assert net.start_video(other.shape) is not cache
+        assert net.start_video(other.shape).cache is not cache.cache
     net.to(torch.float32)
-    assert {tensor.dtype for tensor in net.start_video(x.shape).k} == {torch.float32}
+    assert {tensor.dtype for tensor in net.start_video(x.shape).cache.k} == {torch.float32}
     assert "_cache" not in "".join(net.state_dict())
 
 
@@ -164,14 +166,14 @@ def test_checkpointing_changes_nothing(net):
     def exit_of_the_second() -> Tensor:
         cache = net.start_video(x.shape)
         with torch.no_grad():
-            net.forward_block(x[:, :, :1], 1000 * t[:, 0], cond, cache, write=True)
-        F = net.forward_block(x[:, :, 1:3], 1000 * t[:, 1], cond, cache)
+            net(x[:, :, :1], 1000 * t[:, 0], cond, Call(cache=cache, write=True))
+        F = net(x[:, :, 1:3], 1000 * t[:, 1], cond, Call(cache=cache)).F
         with torch.no_grad():
-            net.forward_block(x[:, :, 1:3] + 1, 1000 * t[:, 1], cond, cache, write=True)
+            net(x[:, :, 1:3] + 1, 1000 * t[:, 1], cond, Call(cache=cache, write=True))
         return F
 
     expected = gradients(net, exit_of_the_second())
-    net.checkpointing = True
+    net.recompute_blocks(True)
     again = gradients(net, exit_of_the_second())
     assert all(torch.equal(value, expected[name]) for name, value in again.items())
     F = exit_of_the_second()
@@ -185,10 +187,10 @@ def test_blocks_that_do_not_fit(net):
     cache = net.start_video((2, 3, 5, 4, 4))
     for wrong in (x, x[:1, :, :1], x[:, :, :1, :2]):
         with pytest.raises(ValueError, match=rf"B = {len(wrong)}, .*B = 2, tokens \[5, 2, 2\] that holds 0"):
-            net.forward_block(wrong, 1000 * t[: len(wrong), 0], cond, cache)
-    for frames in ([1, 2], [1, 2, 2], [0, 3, 3]):
+            net(wrong, 1000 * t[: len(wrong), 0], cond, Call(cache=cache))
+    for frames in ((1, 2), (1, 2, 2), (0, 3, 3)):
         with pytest.raises(ValueError, match="do not make up 6 frames in 3 times"):
-            net.forward_blocks(x, 1000 * t, cond, frames)
+            net(x, 1000 * t, cond, Call(blocks=frames))
 
 
 def test_no_sparse_attention():
@@ -205,9 +207,10 @@ def test_flops_equal_the_counter():
     with torch.no_grad():
         for frames, cached in ((slice(0, 2), 0), (slice(2, 5), 16)):
             assert cache.tokens == cached
+            held = SimpleNamespace(tokens=cached)
             with FlopCounterMode(display=False) as counter:
-                net.forward_block(x[:, :, frames], t, text, cache, write=True)
-            assert net.flops(x[:, :, frames].shape, 5, cached) == counter.get_total_flops()
+                net(x[:, :, frames], t, text, Call(cache=cache, write=True))
+            assert net.flops(x[:, :, frames].shape, 5, Call(cache=held)) == counter.get_total_flops()
 
 
 def test_the_cache_has_the_compute_dtype():
@@ -217,7 +220,7 @@ def test_the_cache_has_the_compute_dtype():
     x, t, cond = inputs()
     x, t, cond = x.float(), t.float(), Cond(cond.text.float())
     exact = in_turn(net, x, t, cond)
-    net.cast(torch.bfloat16)
+    cast(net, torch.bfloat16)
     F = in_turn(net, x, t, cond)
-    assert {tensor.dtype for tensor in net.start_video(x.shape).k} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in net.start_video(x.shape).cache.k} == {torch.bfloat16}
     assert relative(F.float(), exact) < 0.1

@@ -91,26 +91,28 @@ def with_guidance(config: SDXLConfig, time_cond_proj_dim: int | None) -> SDXLCon
     return config if time_cond_proj_dim is None else replace(config, time_cond_proj_dim=time_cond_proj_dim)
 
 
-def load(folder: str | Path, device: torch.device | str = "cpu", time_cond_proj_dim: int | None = None) -> SDXL:
-    """The UNet of a diffusers folder, float32.
+def open_weights(folder: Path, net: SDXL) -> component.Weights:
+    """Return the weights of a diffusers folder by the names of an SDXL.
 
-    `time_cond_proj_dim` gives it a guidance embedding, which is zero where the folder has none. A folder that has one
-    was trained to be told its guidance: another width is refused, and without the argument it keeps its own.
+    A guidance embedding is zero where the folder has none. A folder that has one was trained with it: another
+    width is refused.
     """
-    folder = Path(folder)
-    config = read_config(folder)
-    had = config.time_cond_proj_dim
-    if time_cond_proj_dim is not None and had not in (None, time_cond_proj_dim):
-        raise ValueError(f"{folder}: unet has a guidance embedding of width {had}, not {time_cond_proj_dim}; use {had}")
-    with torch.device("meta"):
-        net = SDXL(with_guidance(config, time_cond_proj_dim))
+    had, has = read_config(folder).time_cond_proj_dim, net.config.time_cond_proj_dim
+    if None not in (had, has) and had != has:
+        raise ValueError(f"{folder}: unet has a guidance embedding of width {had}, not {has}; use {had}")
     expected = net.state_dict()
-    weights = {f"unet.{name}": value for name, value in component.read_weights(folder / "unet").items()}
+    weights = component.open_weights(folder / "unet").renamed(lambda name: f"unet.{name}")
     if had is None and COND_PROJ in expected:
-        weights[COND_PROJ] = torch.zeros(expected[COND_PROJ].shape)
-    component.check_fit(folder / "unet", weights, expected)
-    # a copy: tensors read on the CPU are views of the file, which may be written over while a run goes on
-    net.load_state_dict({key: x.to(device, torch.float32, copy=True) for key, x in weights.items()}, assign=True)
+        weights = weights.with_zeros({COND_PROJ: tuple(expected[COND_PROJ].shape)})
+    weights.check(expected)
+    return weights
+
+
+def load(folder: str | Path, time_cond_proj_dim: int | None = None) -> SDXL:
+    """Return the UNet of a diffusers folder in float32 on the CPU; with a guidance embedding of that width."""
+    with torch.device("meta"):
+        net = SDXL(with_guidance(read_config(Path(folder)), time_cond_proj_dim))
+    component.read_into(net, open_weights(Path(folder), net), torch.device("cpu"), torch.float32)
     return net
 
 

@@ -4,15 +4,17 @@ B batch, C channel, H W space, S text tokens, D cross_attention_dim, P pooled_di
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from fastdmd.denoiser import Cond
+from fastdmd.batch import Cond
+from fastdmd.models.net import PLAIN, Call, Net, Out
 from fastdmd.schedule import wide
 
 UP = {"DownBlock2D": "UpBlock2D", "CrossAttnDownBlock2D": "CrossAttnUpBlock2D"}
@@ -93,6 +95,11 @@ class SDXLConfig:
     def pooled_dim(self) -> int:
         return self.projection_class_embeddings_input_dim - TIME_IDS * self.addition_time_embed_dim
 
+    def shallow(self, depth: int) -> Self:
+        """Return the architecture with at most `depth` transformer blocks on each level."""
+        levels = tuple(min(depth, n) for n in self.transformer_layers_per_block)
+        return replace(self, transformer_layers_per_block=levels)
+
     def problems(self) -> Iterator[tuple[str, str]]:
         levels = len(self.block_out_channels)
         for key in ("down_block_types", "transformer_layers_per_block", "attention_head_dim"):
@@ -129,7 +136,7 @@ def guidance_embedding(w: Tensor, dim: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos(), angle.new_zeros(len(w), dim % 2)], dim=1)
 
 
-class SDXL(nn.Module):
+class SDXL(Net):
     """A role's network: x_t [B, C, H, W], model_t [B] (index into the noise table), Cond -> F [B, C, H, W]."""
 
     def __init__(self, config: SDXLConfig) -> None:
@@ -138,73 +145,66 @@ class SDXL(nn.Module):
         super().__init__()
         self.config = config
         self.unet: Any = UNet2DConditionModel(**config.keys())
+        widths = config.block_out_channels
+        self.widths = *widths, widths[-1], *reversed(widths)
         if config.time_cond_proj_dim is not None:  # zero, so that a student starts as its teacher
             nn.init.zeros_(self.unet.time_embedding.cond_proj.weight)
 
-    @property
-    def checkpointing(self) -> bool:
-        return self.unet.is_gradient_checkpointing
-
-    @checkpointing.setter
-    def checkpointing(self, on: bool) -> None:
+    def recompute_blocks(self, on: bool) -> None:
+        super().recompute_blocks(on)
         (self.unet.enable_gradient_checkpointing if on else self.unet.disable_gradient_checkpointing)()
 
     @torch.no_grad()
-    def start_from_scratch(self) -> "SDXL":
-        """Random weights to train from: every residual branch and the output start at zero (2105.05233)."""
+    def start_from_scratch(self) -> Self:
+        """Set random weights to train from: every residual branch and the output start at zero (2105.05233)."""
         for name, parameter in self.named_parameters():
             if name.rpartition(".")[0].endswith((".conv2", ".proj_out", ".conv_out")):
                 parameter.zero_()
         return self
 
     @property
-    def blocks(self) -> list[nn.Module]:
-        """Those that go down, the middle one, those that go up."""
+    def blocks(self) -> list[nn.Module]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Return the blocks that go down, the middle one and those that go up."""
         return [*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks]
 
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels after each block."""
-        widths = self.config.block_out_channels
-        return *widths, widths[-1], *reversed(widths)
+    def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond, call: Call = PLAIN) -> Out:
+        """Return F, and the hidden states [B, D, H', W'] after the blocks `call.layers`, each on its own grid."""
+        assert not call.blocks, "SDXL makes images"
+        dtype = self.unet.conv_in.weight.dtype
+        if cond.pooled is None or cond.time_ids is None:
+            raise ValueError("SDXL needs Cond.pooled and Cond.time_ids beside the text; this world gives neither")
+        embedding = self._guidance_embedding(cond.guidance)
+        with self._kept(call.layers) as maps:
+            (F,) = self.unet(
+                x_t.to(dtype),
+                model_t,
+                cond.text.to(dtype),
+                timestep_cond=None if embedding is None else embedding.to(dtype),
+                added_cond_kwargs={"text_embeds": cond.pooled.to(dtype), "time_ids": cond.time_ids},
+                return_dict=False,
+            )
+        return Out(F, [wide(maps[index]) for index in sorted(maps)])
 
-    def features(
-        self, x_t: Tensor, model_t: Tensor, cond: Cond, layers: Collection[int]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """F, and the hidden states [B, D, H', W'] (float32) after the blocks of these indices, each on its own grid."""
-        found: dict[int, Tensor] = {}
+    @contextmanager
+    def _kept(self, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+        """Keep what the blocks `layers` return, by their index."""
+        maps: dict[int, Tensor] = {}
 
         def keep(index: int) -> Callable[..., None]:
             def hook(block: nn.Module, inputs: object, out: Any) -> None:
-                found[index] = out[0] if isinstance(out, tuple) else out  # a block that goes down also gives its skips
+                maps[index] = out[0] if isinstance(out, tuple) else out  # a block down also gives its skips
 
             return hook
 
         hooks = [self.blocks[index].register_forward_hook(keep(index)) for index in layers]
         try:
-            F = self(x_t, model_t, cond)
+            yield maps
         finally:
             for hook in hooks:
                 hook.remove()
-        return F, [wide(found[index]) for index in sorted(found)]
 
-    def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond) -> Tensor:
-        dtype = self.unet.conv_in.weight.dtype
-        if cond.pooled is None or cond.time_ids is None:
-            raise ValueError("SDXL needs Cond.pooled and Cond.time_ids beside the text; this world gives neither")
-        added = {"text_embeds": cond.pooled.to(dtype), "time_ids": cond.time_ids}
-        told = self._told_guidance(cond.guidance)
-        return self.unet(
-            x_t.to(dtype),
-            model_t,
-            cond.text.to(dtype),
-            timestep_cond=None if told is None else told.to(dtype),
-            added_cond_kwargs=added,
-            return_dict=False,
-        )[0]
-
-    def _told_guidance(self, w: Tensor | None) -> Tensor | None:
-        """The embedding [B, G] of the guidance that the network is told; ValueError when one of them has none."""
+    def _guidance_embedding(self, w: Tensor | None) -> Tensor | None:
+        """Return the embedding [B, G] of the guidance; ValueError when one of the two has none."""
         dim = self.config.time_cond_proj_dim
         if (w is None) == (dim is None):
             return None if w is None or dim is None else guidance_embedding(w, dim)
@@ -214,24 +214,8 @@ class SDXL(nn.Module):
             else "Cond.guidance is set, and this SDXL has no guidance embedding; use one with time_cond_proj_dim = 256"
         )
 
-    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Nothing to choose: attention is diffusers' own."""
-
-    def cast(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Round parameters to the compute dtype in place, all of them as diffusers does. -> the float32 originals of
-        those that were rounded, by name: an optimizer's masters."""
-        masters = {}
-        for name, parameter in self.named_parameters():
-            if dtype != torch.float32:
-                masters[name] = parameter.detach().float()
-                parameter.data = parameter.data.to(dtype)
-        return masters
-
-    def flops(self, shape: Iterable[int], text_tokens: int) -> int:
-        """Multiply-adds x 2 of one forward of a latent [B, C, H, W]: matrix products, convolutions and attention.
-
-        Of the network without adapters.
-        """
+    def flops(self, shape: Iterable[int], text_tokens: int, call: Call = PLAIN) -> int:
+        """Return multiply-adds x 2 of one forward of a latent [B, C, H, W], of the network without adapters."""
         B, *latent = shape
         return B * _flops(self.config, tuple(latent), text_tokens)
 

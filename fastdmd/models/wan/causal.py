@@ -7,15 +7,15 @@ raster order (so frame by frame), N heads, K head dim, D width, n blocks of fram
 
 import math
 from collections.abc import Iterable, Sequence
-from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
-from fastdmd.denoiser import Cond
-from fastdmd.models.wan.layers import WanConfig, rope_table
-from fastdmd.models.wan.net import Wan
-from fastdmd_kernels.attention import attention, masked_attention
+from fastdmd.batch import Cond
+from fastdmd.models.attention import Cached, Masked
+from fastdmd.models.net import PLAIN, Call, Out
+from fastdmd.models.wan.layers import WanConfig
+from fastdmd.models.wan.net import Geometry, Wan
 from fastdmd_kernels.tiles import Grid
 
 
@@ -32,40 +32,34 @@ class KVCache:
         self.k, self.v = (
             [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)] for _ in range(2)
         )
+        self.current: Video | None = None  # that it serves
+
+    def start(self) -> "Video":
+        """Return an empty cache for a video, and forget the one before."""
+        self.current = Video(self)
+        return self.current
+
+
+class Video:
+    """One video in the cache: how many of its tokens are held."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self.cache = cache
         self.tokens = 0  # of the blocks that are held; the next block starts here
-        self.video = 0  # how many it has served, with this one
 
-    def restart(self) -> "KVCache":
-        self.tokens = 0
-        self.video += 1
-        return self
+    def is_stale(self) -> bool:
+        """Return whether the cache was given to another video."""
+        return self.cache.current is not self
 
-    def attend(self, layer: int, start: int, video: int, write: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of a block at tokens `start ..` to the clean blocks before it and to itself; `write` holds it."""
-        if video != self.video:  # activation checkpointing has come back here from a backward
-            raise RuntimeError(
-                "the key-value cache was given to another video before the backward of this one; "
-                "with activation checkpointing call backward before the next rollout"
-            )
-        held_k, held_v = self.k[layer], self.v[layer]
-        if write:
-            stop = start + k.shape[1]
-            held_k[:, start:stop].copy_(k)
-            held_v[:, start:stop].copy_(v)
-            return attention(q, held_k[:, :stop], held_v[:, :stop])
-        # Copies. Autograd keeps what attention has read until the backward, and by then the context passes of later
-        # blocks have written to the buffers: views of them would be refused, since writing to one part of a buffer
-        # counts as a change of all of it. What is held has no graph, as it was written without gradient, so gradient
-        # reaches the block's own keys and values only. Checkpointing keeps no copy: it comes here again, and finds the
-        # same, since a video never writes a token twice.
-        return attention(q, torch.cat([held_k[:, :start], k], 1), torch.cat([held_v[:, :start], v], 1))
+    def attention(self, layer: int, write: bool) -> Cached:
+        """Return how a layer's block of tokens, the next after those that are held, attends; `write` holds it."""
+        return Cached(self.cache.k[layer], self.cache.v[layer], self.tokens, write, self)
 
 
-@lru_cache(maxsize=1)  # L^2 bytes each
-def block_causal_mask(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """bool [L, L], True where query token (row) sees key token: in its own block of tokens or one before."""
-    block = torch.cat([torch.full((length,), i) for i, length in enumerate(lengths)])
-    return (block[:, None] >= block).to(device)
+def block_causal_mask(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """Return bool [L, L], True where a query token (row) sees a key token: in its own block or one before."""
+    block = torch.cat([torch.full((length,), i, device=device) for i, length in enumerate(lengths)])
+    return block[:, None] >= block
 
 
 def per_token(rows: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -76,10 +70,10 @@ def per_token(rows: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 class CausalWan(Wan):
-    """`forward` stays Wan's: of one block that holds all frames.
+    """A Wan that can make a video block by block.
 
-    A video is made by `start_video`, then for each block of frames some `forward_block`s, the last of which, on the
-    clean block, writes to the cache.
+    `start_video`, then for each block of frames some calls with that cache, the last of which, on the clean
+    block, writes to it.
     """
 
     def __init__(self, config: WanConfig, tile: Grid | None = None) -> None:
@@ -90,47 +84,66 @@ class CausalWan(Wan):
         super().__init__(config)
         self._cache: KVCache | None = None
 
-    def start_video(self, shape: Iterable[int]) -> KVCache:
-        """An empty cache for videos [B, C, T, H, W]: the one of the video before where it fits, so there is only one
-        in memory and a run allocates it once."""
+    def prepare(self, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> None:
+        """Make the tables and the cache of videos [B, C, T, H, W], and choose the dense attention."""
+        super().prepare(shape, device, dtype)
+        self.start_video(shape)
+
+    def geometry(self, grid: Grid, device: torch.device) -> Geometry:
+        """Return the tables of a token grid: of the beginning of a longer video, the beginning of its own."""
+        for (known, where), geometry in self.geometries.items():
+            if where == device and known[1:] == grid[1:] and known[0] >= grid[0]:
+                return geometry._replace(rope=geometry.rope[:, : math.prod(grid)])
+        return super().geometry(grid, device)
+
+    def start_video(self, shape: Iterable[int]) -> Video:
+        """Return an empty cache for videos [B, C, T, H, W].
+
+        It is the one of the video before where that fits, so there is only one in memory, allocated once a run.
+        """
         B, *latent = shape
         weight = self.patch_embedding.weight
         fits = (B, self.grid(latent), weight.dtype, weight.device)
         if self._cache is None or self._cache.fits != fits:
             self._cache = None  # frees the memory before it is taken again
             self._cache = KVCache(self.config, *fits)
-        return self._cache.restart()
+        return self._cache.start()
 
-    def forward_block(self, x_t: Tensor, model_t: Tensor, cond: Cond, cache: KVCache, write: bool = False) -> Tensor:
-        """F [B, C, k, H, W] of the k frames x_t that follow those in the cache, at times model_t [B].
+    def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond, call: Call = PLAIN) -> Out:
+        """Return v: of one block that holds all frames, of the block after a cache, or of all blocks at once.
 
-        `write` is the context pass: the block's own keys and values stay in the cache, for which gradient has to be
-        off. ValueError for a block that does not fit the cache.
+        `call.cache`: x_t [B, C, k, H, W] are the k frames that follow those in the cache, at times model_t [B].
+        `call.write` is the context pass, for which gradient has to be off.
+        `call.blocks`: block i has blocks[i] frames and the times model_t[:, i] of [B, n], and sees the blocks
+        before it as they are in x_t. The same as a call on each in turn, with each written as it is, but for
+        gradient: here it flows from a block into the keys and values of those before. The mask takes L^2 bytes.
         """
-        assert not (write and torch.is_grad_enabled())
-        grid, start = self.grid(x_t.shape), cache.tokens
+        if call.cache is not None:
+            return self._block(x_t, model_t, cond, call.cache, call)
+        if call.blocks:
+            return self._blocks(x_t, model_t, cond, call)
+        return super().forward(x_t, model_t, cond, call)
+
+    def _block(self, x_t: Tensor, model_t: Tensor, cond: Cond, video: Video, call: Call) -> Out:
+        assert not (call.write and torch.is_grad_enabled())
+        grid, start, cache = self.grid(x_t.shape), video.tokens, video.cache
         stop = start + math.prod(grid)
         if (len(x_t), *grid[1:]) != (cache.fits[0], *cache.grid[1:]) or stop > math.prod(cache.grid):
             raise ValueError(
                 f"a block of B = {len(x_t)}, tokens [T, H, W] = {list(grid)} does not fit a cache of "
                 f"B = {cache.fits[0]}, tokens {list(cache.grid)} that holds {start}"
             )
-        rope = rope_table(cache.grid, self.config.attention_head_dim, None, x_t.device)[:, start:stop]
+        whole = self.geometry(cache.grid, x_t.device)
+        geometry = whole._replace(rope=whole.rope[:, start:stop])
         time, modulation, text = self.embed(model_t, cond)
-        attends = [partial(cache.attend, i, start, cache.video, write) for i in range(self.config.num_layers)]
-        F, _ = self.trunk(x_t, time[:, None], modulation[:, :, None], text, rope, attends)
-        if write:
-            cache.tokens = stop
-        return F
+        attentions = [video.attention(i, call.write) for i in range(self.config.num_layers)]
+        out = self.trunk(x_t, time[:, None], modulation[:, :, None], text, geometry, attentions, call.layers)
+        if call.write:
+            video.tokens = stop
+        return out
 
-    def forward_blocks(self, x_t: Tensor, model_t: Tensor, cond: Cond, frames: Sequence[int]) -> Tensor:
-        """F [B, C, T, H, W] of all blocks in one pass: block i has frames[i] frames and the times model_t[:, i] of
-        [B, n], and sees the blocks before it as they are in x_t.
-
-        The same as `forward_block` on each in turn, with each written as it is, but for gradient: here it flows from a
-        block into the keys and values of those before. The mask takes L^2 bytes.
-        """
-        grid, (B, n) = self.grid(x_t.shape), model_t.shape
+    def _blocks(self, x_t: Tensor, model_t: Tensor, cond: Cond, call: Call) -> Out:
+        grid, (B, n), frames = self.grid(x_t.shape), model_t.shape, call.blocks
         pt, *_ = self.config.patch_size
         if n != len(frames) or sum(frames) != x_t.shape[2] or any(k < 1 or k % pt for k in frames):
             raise ValueError(
@@ -140,13 +153,15 @@ class CausalWan(Wan):
         time, modulation, text = self.embed(model_t.flatten(), cond)
         time = per_token(time.unflatten(0, (B, n)), lengths)
         modulation = per_token(modulation.unflatten(0, (B, n)), lengths).transpose(1, 2)
-        rope = rope_table(grid, self.config.attention_head_dim, None, x_t.device)
-        attend = partial(masked_attention, mask=block_causal_mask(lengths, x_t.device))
-        F, _ = self.trunk(x_t, time, modulation, text, rope, [attend] * self.config.num_layers)
-        return F
+        attentions = [Masked(block_causal_mask(lengths, x_t.device))] * self.config.num_layers
+        geometry = self.geometry(grid, x_t.device)
+        return self.trunk(x_t, time, modulation, text, geometry, attentions, call.layers)
 
-    def flops(self, shape: Iterable[int], text_tokens: int, cached: int = 0) -> int:
-        """As Wan's, of a block that also sees `cached` tokens of the blocks before it."""
+    def flops(self, shape: Iterable[int], text_tokens: int, call: Call = PLAIN) -> int:
+        """Return what Wan's does, of a block that also sees the tokens of the blocks in the cache."""
         B, *latent = shape
-        pairs = math.prod(self.grid(latent)) * cached
-        return super().flops((B, *latent), text_tokens) + 4 * B * self.config.num_layers * pairs * self.config.width
+        flops = super().flops((B, *latent), text_tokens, call)
+        if call.cache is None:
+            return flops
+        pairs = math.prod(self.grid(latent)) * call.cache.tokens
+        return flops + 4 * B * self.config.num_layers * pairs * self.config.width

@@ -22,6 +22,7 @@ FIXED = {
     "added_kv_proj_dim": None,
     "pos_embed_seq_len": None,
 }
+GATE = ".attn1.to_gate_compress."
 FASTVIDEO_GATE = re.compile(r"^(blocks\.\d+\.)to_gate_compress\.")
 COMPONENTS = {
     "text_encoder": ["transformers", "UMT5EncoderModel"],
@@ -52,31 +53,31 @@ def read_config(folder: Path) -> WanConfig:
     return config
 
 
-def load(
-    folder: str | Path, device: torch.device | str = "cpu", tile: Grid | None = None, kind: type[Wan] = Wan
-) -> Wan:
-    """The Wan of a diffusers folder, float32, as a `kind` of Wan; with a `tile`, its self-attention is sparse.
+def open_weights(folder: Path, net: Wan) -> component.Weights:
+    """Return the weights of a diffusers folder by the names of a Wan.
 
-    Gates of the sparse attention are zero where the folder has none, and are read under FastVideo's names too. A folder
-    that has them was trained with them: a dense network of it is refused.
+    Gates of the sparse attention are zero where the folder has none, and are read under FastVideo's names too. A
+    folder that has them was trained with them: a dense network of it is refused.
     """
-    folder = Path(folder)
-    with torch.device("meta"):
-        net = kind(read_config(folder), tile)
-    weights, expected = component.read_weights(folder / "transformer"), net.state_dict()
-    weights = {FASTVIDEO_GATE.sub(r"\1attn1.to_gate_compress.", name): value for name, value in weights.items()}
-    gates = {name for name in weights if ".attn1.to_gate_compress." in name}
-    if gates and tile is None:
+    weights = component.open_weights(folder / "transformer")
+    weights = weights.renamed(lambda name: FASTVIDEO_GATE.sub(r"\1attn1.to_gate_compress.", name))
+    expected, gates = net.state_dict(), {name for name in weights.shapes if GATE in name}
+    if gates and net.tile is None:
         raise ValueError(
             f"{folder}: transformer has gates of video sparse attention ({min(gates)}); "
             "set model.attention of the role that reads it to 'vsa'"
         )
     if not gates:
-        zeros = {name: torch.zeros(x.shape) for name, x in expected.items() if ".attn1.to_gate_compress." in name}
-        weights |= zeros
-    component.check_fit(folder / "transformer", weights, expected)
-    # a copy: tensors read on the CPU are views of the file, which may be written over while a run goes on
-    net.load_state_dict({key: x.to(device, torch.float32, copy=True) for key, x in weights.items()}, assign=True)
+        weights = weights.with_zeros({name: tuple(x.shape) for name, x in expected.items() if GATE in name})
+    weights.check(expected)
+    return weights
+
+
+def load(folder: str | Path, tile: Grid | None = None, kind: type[Wan] = Wan) -> Wan:
+    """Return the Wan of a diffusers folder in float32 on the CPU; with a `tile`, its self-attention is sparse."""
+    with torch.device("meta"):
+        net = kind(read_config(Path(folder)), tile)
+    component.read_into(net, open_weights(Path(folder), net), torch.device("cpu"), torch.float32)
     return net
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdmd.denoiser import Cond
+from fastdmd.batch import Cond
 from fastdmd.log import Progress
 
 TEXT_TOKENS = 512

@@ -5,21 +5,20 @@ sample, L where each token has its own.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from fastdmd.models.attention import Attention as SelfAttention
+from fastdmd.models.attention import Dense
 from fastdmd.schedule import wide
-from fastdmd_kernels import video_sparse_attention
-from fastdmd_kernels.attention import attention
 from fastdmd_kernels.tiles import Grid, Tiles
 
-Sparse = tuple[Tiles, int]  # the geometry, and the key tiles that each query tile keeps
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [B, L, N, K], turned by RoPE -> [B, L, N, K]
+DENSE = Dense()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +46,10 @@ class WanConfig:
         """Latents along T, H, W have to be multiples of it."""
         return self.patch_size
 
+    def shallow(self, depth: int) -> Self:
+        """Return the architecture with at most `depth` blocks."""
+        return replace(self, num_layers=min(depth, self.num_layers))
+
     def problems(self) -> Iterator[tuple[str, str]]:
         for name, value in vars(self).items():
             least = min(value) if isinstance(value, tuple) else value
@@ -60,8 +63,7 @@ def layer_norm(x: Tensor, eps: float) -> Tensor:
     return nnf.layer_norm(x.float(), x.shape[-1:], eps=eps)
 
 
-@lru_cache(maxsize=32)
-def rope_table(grid: Grid, K: int, tile: Grid | None, device: torch.device) -> Tensor:
+def rope_table(grid: Grid, K: int, tiles: Tiles | None, device: torch.device) -> Tensor:
     """Rotations of 3-D RoPE, float32 [2, L, 1, K] (cos, and sin with the sign of `rotate`), in token order.
 
     Head channels are split t, h, w as K - 2 * 2(K//6), 2(K//6), 2(K//6); base 10,000. Angles are computed in float64 on
@@ -74,8 +76,8 @@ def rope_table(grid: Grid, K: int, tile: Grid | None, device: torch.device) -> T
         for axis, dim in zip(axes, (K - 2 * side, side, side), strict=True)
     ]
     angle = torch.cat(angles, dim=1)
-    if tile:
-        angle = Tiles(grid, tile).to_tile_order(angle, 0)
+    if tiles:
+        angle = tiles.to_tile_order(angle, 0)
     cos, sin = angle.cos(), angle.sin()
     pairs = torch.stack([torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)])
     return pairs.flatten(-2)[:, :, None].float().to(device)
@@ -137,6 +139,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(D, D)])
         # over the whole width, not per head
         self.norm_q, self.norm_k = nn.RMSNorm(D, eps=config.eps), nn.RMSNorm(D, eps=config.eps)
+        self.gated = gated
         if gated:  # of the coarse branch; zero, so that at sparsity 0 it is dense attention
             self.to_gate_compress = nn.Linear(D, D)
             nn.init.zeros_(self.to_gate_compress.weight)
@@ -147,8 +150,7 @@ class Attention(nn.Module):
         x: Tensor,
         context: Tensor,
         rope: Tensor | None = None,
-        sparse: Sparse | None = None,
-        attend: Attend = attention,
+        attention: SelfAttention = DENSE,
     ) -> Tensor:
         heads = (self.N, -1)
         q = self.norm_q(self.to_q(x)).unflatten(-1, heads)  # [B, L, N, K]
@@ -156,11 +158,8 @@ class Attention(nn.Module):
         v = self.to_v(context).unflatten(-1, heads)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        if sparse is None:
-            out = attend(q, k, v)
-        else:
-            out = video_sparse_attention(q, k, v, self.to_gate_compress(x).unflatten(-1, heads), *sparse)
-        return self.to_out[0](out.flatten(2))
+        gate = self.to_gate_compress(x).unflatten(-1, heads) if self.gated else None
+        return self.to_out[0](attention(q, k, v, gate).flatten(2))
 
 
 class GELUProjection(nn.Module):
@@ -192,15 +191,15 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(D, eps=config.eps) if config.cross_attn_norm else nn.Identity()
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, D) / D**0.5)
 
-    def forward(
-        self, x: Tensor, text: Tensor, modulation: Tensor, rope: Tensor, sparse: Sparse | None, attend: Attend
-    ) -> Tensor:
-        """x [B, L, D], text [B, S, D], modulation [B, 6, M, D]; normalisation, modulation, residuals in float32."""
+    def forward(self, x: Tensor, text: Tensor, modulation: Tensor, rope: Tensor, attention: SelfAttention) -> Tensor:
+        """Return the tokens after the block.
+
+        x [B, L, D], text [B, S, D], modulation [B, 6, M, D]; normalisation, modulation, residuals in float32."""
         dtype = x.dtype
         table = self.scale_shift_table[:, :, None]
         shift1, scale1, gate1, shift3, scale3, gate3 = (table + modulation.float()).unbind(1)  # [B, M, D]
         h = (layer_norm(x, self.eps) * (1 + scale1) + shift1).to(dtype)
-        x = (x.float() + self.attn1(h, h, rope, sparse, attend) * gate1).to(dtype)
+        x = (x.float() + self.attn1(h, h, rope, attention) * gate1).to(dtype)
         x = x + self.attn2(self.norm2(x.float()).to(dtype), text)
         h = (layer_norm(x, self.eps) * (1 + scale3) + shift3).to(dtype)
         return (x.float() + self.ffn(h).float() * gate3).to(dtype)

@@ -8,18 +8,21 @@ set and self-attention is video sparse attention. No attention sees the order, a
 """
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastdmd.denoiser import Cond
-from fastdmd.models.wan.layers import Attend, Block, ConditionEmbedder, Sparse, WanConfig, layer_norm, rope_table
+from fastdmd.batch import Cond
+from fastdmd.models.attention import Attention, Sparse
+from fastdmd.models.net import PLAIN, Call, Net, Out
+from fastdmd.models.wan.layers import DENSE, Block, ConditionEmbedder, WanConfig, layer_norm, rope_table
 from fastdmd_kernels import topk_for
-from fastdmd_kernels.attention import attention, prepare
+from fastdmd_kernels.attention import prepare
 from fastdmd_kernels.tiles import N_VALID_BITS, Grid, Tiles
 
 
@@ -49,18 +52,28 @@ class VSAConfig:
             yield "tile", f"{list(self.tile)} does not hold 1 to {most} tokens; VSA uses [4, 4, 4]"
 
 
-class Wan(nn.Module):
-    """A role's network: x_t [B, C, T, H, W], model_t [B] (1000 t), text [B, S, text_dim] -> F = v [B, C, T, H, W].
+class Geometry(NamedTuple):
+    """What calls on one token grid share."""
 
-    With a `tile`, self-attention is video sparse attention over cubes of that many tokens, at `sparsity`.
+    tiles: Tiles | None  # of sparse attention
+    rope: Tensor  # float32 [2, L, 1, K], in token order
+
+
+class Wan(Net):
+    """A role's network: x_t [B, C, T, H, W], model_t [B] (1000 t), text [B, S, text_dim] -> F = v.
+
+    With a `tile`, self-attention is video sparse attention over cubes of that many tokens.
     """
+
+    # what diffusers keeps in float32
+    float32 = ("time_embedder", "norm2", "scale_shift_table")
 
     def __init__(self, config: WanConfig, tile: Grid | None = None) -> None:
         super().__init__()
         self.config, self.tile = config, tile
-        self.sparsity = 0.0  # of the step; the trainer's to set
-        self.checkpointing = False
+        self.geometries: dict[tuple[Grid, torch.device], Geometry] = {}
         D = config.width
+        self.widths = (D,) * config.num_layers
         # a Conv3d for its name and shape only: patches do not overlap, so it is applied as a matrix product
         self.patch_embedding = nn.Conv3d(config.in_channels, D, config.patch_size, stride=config.patch_size)
         self.condition_embedder = ConditionEmbedder(config)
@@ -69,11 +82,11 @@ class Wan(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, D) / D**0.5)
 
     @torch.no_grad()
-    def start_from_scratch(self) -> "Wan":
-        """Random weights to train from: open residual gates, and random q and k biases.
+    def start_from_scratch(self) -> Self:
+        """Set random weights to train from: open residual gates, and random q and k biases.
 
-        With RoPE the biases give a head a kernel over token offsets, sum_i q_i k_i cos(w_i d), from the first step. The
-        tiny teacher was trained so; what each of the two is worth was not measured apart.
+        With RoPE the biases give a head a kernel over token offsets, sum_i q_i k_i cos(w_i d), from the first
+        step. The tiny teacher was trained so; what each of the two is worth was not measured apart.
         """
         for block in self.blocks:
             assert isinstance(block, Block)
@@ -85,57 +98,63 @@ class Wan(nn.Module):
         return self
 
     def grid(self, shape: Iterable[int]) -> Grid:
-        """Tokens (T, H, W) of a latent [.., C, T, H, W]; ValueError when patches do not fit."""
+        """Return the tokens (T, H, W) of a latent [.., C, T, H, W]; ValueError when patches do not fit."""
         *_, C, T, H, W = shape
         pt, ph, pw = self.config.patch_size
         if self.config.in_channels != C or T % pt or H % ph or W % pw:
             raise ValueError(
-                f"latent [C, T, H, W] = {[C, T, H, W]} does not fit {self.config.in_channels} channels and patches "
-                f"{list(self.config.patch_size)}"
+                f"latent [C, T, H, W] = {[C, T, H, W]} does not fit {self.config.in_channels} channels and "
+                f"patches {list(self.config.patch_size)}"
             )
         return T // pt, H // ph, W // pw
 
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels after each block."""
-        return (self.config.width,) * self.config.num_layers
+    def prepare(self, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> None:
+        """Make the tables of latents [B, C, T, H, W], and choose the dense attention before the first step."""
+        self.geometry(self.grid(shape), device)
+        prepare(device, dtype, self.config.attention_head_dim)
 
-    def sparse(self, grid: Grid) -> Sparse | None:
-        """What sparse attention needs to know of a grid; None when attention is dense."""
+    def geometry(self, grid: Grid, device: torch.device) -> Geometry:
+        """Return the tables of a token grid; they are made when a grid is first seen."""
+        known = self.geometries.get((grid, device))
+        if known is None:
+            tiles = None if self.tile is None else Tiles(grid, self.tile)
+            known = Geometry(tiles, rope_table(grid, self.config.attention_head_dim, tiles, device))
+            self.geometries[grid, device] = known
+        return known
+
+    def attention(self, shape: Iterable[int], sparsity: float) -> Sparse | None:
+        """Return the sparse attention of a latent [.., C, T, H, W]; None when attention is dense."""
         if self.tile is None:
             return None
-        tiles = Tiles(grid, self.tile)
-        return tiles, topk_for(self.sparsity, tiles.n)
+        tiles = self.geometry(self.grid(shape), self.proj_out.weight.device).tiles
+        assert tiles is not None
+        return Sparse(tiles, topk_for(sparsity, tiles.n))
 
     def patchify(self, x_t: Tensor, grid: Grid) -> Tensor:
-        """[B, C, T, H, W] -> patches in token order [B, L, C * prod(patch)]."""
+        """Return the patches [B, L, C * prod(patch)] of x_t [B, C, T, H, W], in raster order."""
         (gt, gh, gw), (pt, ph, pw) = grid, self.config.patch_size
         x = x_t.reshape(*x_t.shape[:2], gt, pt, gh, ph, gw, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)
-        x = x.reshape(x_t.shape[0], gt * gh * gw, -1)
-        return x if self.tile is None else Tiles(grid, self.tile).to_tile_order(x, 1)
+        return x.reshape(x_t.shape[0], gt * gh * gw, -1)
 
     def unpatchify(self, x: Tensor, grid: Grid) -> Tensor:
-        """[B, L, prod(patch) * C] in token order -> [B, C, T, H, W]."""
-        if self.tile is not None:
-            x = Tiles(grid, self.tile).to_raster_order(x, 1)
+        """Return [B, C, T, H, W] from [B, L, prod(patch) * C] in raster order."""
         (gt, gh, gw), (pt, ph, pw) = grid, self.config.patch_size
         x = x.reshape(x.shape[0], gt, gh, gw, pt, ph, pw, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
         return x.reshape(*x.shape[:2], gt * pt, gh * ph, gw * pw)
 
-    def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond) -> Tensor:
-        return self.features(x_t, model_t, cond, ())[0]
-
-    def features(
-        self, x_t: Tensor, model_t: Tensor, cond: Cond, layers: Collection[int]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """F, and the hidden states [B, D, T, H, W] (of the token grid, float32) after the blocks of these indices."""
-        rope = rope_table(self.grid(x_t.shape), self.config.attention_head_dim, self.tile, x_t.device)
+    def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond, call: Call = PLAIN) -> Out:
+        """Return v, and the hidden states [B, D, T, H, W] of the token grid after the blocks `call.layers`."""
+        assert call.cache is None, "no causal network"
+        assert not call.blocks, "no causal network"
+        if self.tile is not None and not isinstance(call.attention, Sparse):
+            raise ValueError("a sparse Wan is called with the attention of its grid, from `attention`")
+        geometry = self.geometry(self.grid(x_t.shape), x_t.device)
         time, modulation, text = self.embed(model_t, cond)
-        attends = [attention] * len(self.blocks)
-        return self.trunk(x_t, time[:, None], modulation[:, :, None], text, rope, attends, layers)
+        attentions = [call.attention or DENSE] * len(self.blocks)
+        return self.trunk(x_t, time[:, None], modulation[:, :, None], text, geometry, attentions, call.layers)
 
     def embed(self, model_t: Tensor, cond: Cond) -> tuple[Tensor, Tensor, Tensor]:
-        """Times [B] and text -> time [B, D], block modulation [B, 6, D], text [B, S, D]."""
+        """Return time [B, D], block modulation [B, 6, D] and text [B, S, D] of times [B] and a condition."""
         return self.condition_embedder(model_t, cond.text.to(self.patch_embedding.weight.dtype))
 
     def trunk(
@@ -144,60 +163,46 @@ class Wan(nn.Module):
         time: Tensor,
         modulation: Tensor,
         text: Tensor,
-        rope: Tensor,
-        attends: Sequence[Attend],
-        layers: Collection[int] = (),
-    ) -> tuple[Tensor, list[Tensor]]:
-        """`features` of x_t [B, C, T, H, W]. time [B, M, D], modulation [B, 6, M, D], text [B, S, D],
-        rope [2, L, 1, K], and how each block attends to its q, k, v where attention is dense."""
-        grid, found, weight = self.grid(x_t.shape), [], self.patch_embedding.weight
-        x = nnf.linear(self.patchify(x_t, grid).to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
-        sparse = self.sparse(grid)
-        for index, (block, attend) in enumerate(zip(self.blocks, attends, strict=True)):
+        geometry: Geometry,
+        attentions: Sequence[Attention],
+        layers: Sequence[int] = (),
+    ) -> Out:
+        """Return what `forward` does, from embedded conditions and the attention of each block.
+
+        x_t [B, C, T, H, W], time [B, M, D], modulation [B, 6, M, D], text [B, S, D].
+        """
+        grid, maps, weight = self.grid(x_t.shape), [], self.patch_embedding.weight
+        patches, tiles = self.patchify(x_t, grid), geometry.tiles
+        if tiles is not None:
+            patches = tiles.to_tile_order(patches, 1)
+        x = nnf.linear(patches.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
+        for index, (block, attention) in enumerate(zip(self.blocks, attentions, strict=True)):
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, text, modulation, rope, sparse, attend, use_reentrant=False)
+                x = checkpoint(block, x, text, modulation, geometry.rope, attention, use_reentrant=False)
             else:
-                x = block(x, text, modulation, rope, sparse, attend)
+                x = block(x, text, modulation, geometry.rope, attention)
             if index in layers:
-                raster = x if self.tile is None else Tiles(grid, self.tile).to_raster_order(x, 1)
-                found.append(raster.float().transpose(1, 2).unflatten(2, grid))
+                raster = x if tiles is None else tiles.to_raster_order(x, 1)
+                maps.append(raster.float().transpose(1, 2).unflatten(2, grid))
         shift, scale = (self.scale_shift_table[:, :, None] + time[:, None]).unbind(1)  # [B, M, D]
-        x = (layer_norm(x, self.config.eps) * (1 + scale) + shift).to(x.dtype)
-        return self.unpatchify(self.proj_out(x), grid), found
+        x = self.proj_out((layer_norm(x, self.config.eps) * (1 + scale) + shift).to(x.dtype))
+        if tiles is not None:
+            x = tiles.to_raster_order(x, 1)
+        return Out(self.unpatchify(x, grid), maps)
 
-    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Choose the dense attention before the first step."""
-        prepare(device, dtype, self.config.attention_head_dim)
-
-    def cast(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Round parameters to the compute dtype in place, but for what diffusers keeps in float32: time embedder, norm2
-        and modulation. -> the float32 originals of those that were rounded, by name: an optimizer's masters."""
-        masters = {}
-        for name, parameter in self.named_parameters():
-            kept = "time_embedder" in name or "norm2" in name or "scale_shift_table" in name
-            if dtype != torch.float32 and not kept:
-                masters[name] = parameter.detach().float()
-                parameter.data = parameter.data.to(dtype)
-        return masters
-
-    def flops(self, shape: Iterable[int], text_tokens: int) -> int:
-        """Multiply-adds x 2 of one forward of a latent [B, C, T, H, W]: matrix products and attention only."""
+    def flops(self, shape: Iterable[int], text_tokens: int, call: Call = PLAIN) -> int:
+        """Return multiply-adds x 2 of one forward of a latent [B, C, T, H, W]: products and attention only."""
         B, *latent = shape
         grid, S, D, c = self.grid(latent), text_tokens, self.config.width, self.config
         L, patch = math.prod(grid), math.prod(c.patch_size)
-        if (sparse := self.sparse(grid)) is None:
+        sparse = call.attention if isinstance(call.attention, Sparse) else None
+        if sparse is None:
             pairs = L * L
-        else:  # tiles are multiplied whole; the coarse branch has one token a tile, the gate one more linear
-            tiles, topk = sparse
-            pairs = tiles.n * topk * tiles.slots**2 + tiles.n**2
-        block = (
-            L * (5 if sparse else 4) * D * D
-            + 2 * pairs * D
-            + L * 2 * D * D
-            + S * 2 * D * D
-            + 2 * L * S * D
-            + 2 * L * D * c.ffn_dim
-        )
+        else:  # tiles are multiplied whole; the coarse branch has one token a tile
+            tiles = sparse.tiles
+            pairs = tiles.n * sparse.topk * tiles.slots**2 + tiles.n**2
+        own = 4 if sparse is None else 5  # projections of self-attention; the gate is one more
+        block = L * own * D * D + 2 * pairs * D + L * 2 * D * D + S * 2 * D * D + 2 * L * S * D + 2 * L * D * c.ffn_dim
         ends = L * D * patch * (c.in_channels + c.out_channels) + S * (c.text_dim + D) * D
         time = c.freq_dim * D + 7 * D * D
         return 2 * B * (c.num_layers * block + ends + time)

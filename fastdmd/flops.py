@@ -1,0 +1,70 @@
+"""FLOPs of a step, from the shapes of its network calls: no network runs, and none counts while it does."""
+
+import math
+from collections.abc import Iterable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from fastdmd.batch import Cond
+from fastdmd.denoiser import Denoiser
+from fastdmd.models.attention import Attention
+from fastdmd.models.net import PLAIN, Call, Net, Out
+from fastdmd.rng import Rng
+from fastdmd.run import Run
+
+
+class Shapes(Net):
+    """Stand in for a network: count each call by its shapes, and answer in the right ones.
+
+    A backward costs one forward for the inputs and one for the parameters.
+    """
+
+    def __init__(self, net: Net, learns: bool, device: torch.device) -> None:
+        super().__init__()
+        self.real: Any = (net,)  # in a tuple: it is no part of this module
+        self.counted = 0
+        self.widths = net.widths
+        self.weight = nn.Parameter(torch.ones((), device=device), requires_grad=learns)
+
+    def attention(self, shape: Iterable[int], sparsity: float) -> Attention | None:
+        return self.real[0].attention(shape, sparsity)
+
+    def start_video(self, shape: Iterable[int]) -> Any:
+        return self.real[0].start_video(shape)
+
+    def start_from_scratch(self) -> Self:
+        raise NotImplementedError
+
+    def flops(self, shape: Iterable[int], text_tokens: int, call: Call = PLAIN) -> int:
+        return self.real[0].flops(shape, text_tokens, call)
+
+    def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond, call: Call = PLAIN) -> Out:
+        F = x_t * self.weight
+        passes = 1
+        if F.requires_grad:
+            passes += 2 if self.weight.requires_grad else 1
+        self.counted += passes * self.flops(x_t.shape, cond.text.shape[1], call)
+        if call.write:
+            call.cache.tokens += math.prod(self.real[0].grid(x_t.shape))
+        inside = F.flatten(1).mean(1)[:, None, None]
+        return Out(F, [inside.expand(-1, self.widths[layer], 2) for layer in call.layers])
+
+
+def step_flops(run: Run) -> int:
+    """Return the FLOPs of the step to come: its draws are functions of their address, and are made again for it."""
+    config, counted = run.config.run, 0
+    micro = range(config.batch_size)
+    batch = run.world.batch(Rng(config.seed, run.step, "data", micro, "cpu"))
+    carry: dict[str, Any] = {}
+    for index, phase in enumerate(run.method.phases(run.step)):
+        trained, nets = run.method.trains(phase), dict(run.nets)
+        for role, denoiser in run.nets.items():
+            if isinstance(denoiser.net, Net):  # a discriminator's heads are small
+                nets[role] = Denoiser(Shapes(denoiser.net, role in trained, run.device), run.schedule)
+                nets[role].sparsity = denoiser.sparsity
+        rng = Rng(config.seed, run.step, f"{phase}{index}", micro, run.device)
+        run.method.loss(phase, nets, batch, run.method.draw(phase, rng, batch.latent_shape, carry), carry)
+        counted += sum(d.net.counted for d in nets.values() if isinstance(d.net, Shapes))
+    return config.grad_accum * counted

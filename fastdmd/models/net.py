@@ -1,0 +1,116 @@
+"""What every network of a role is: one `forward`, and what the trainer has to know of it beside.
+
+B batch, C channel, L tokens, N heads, K head dim.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from fastdmd.batch import Cond
+from fastdmd.models.attention import Attention
+
+
+class Architecture(Protocol):
+    """The keys of a network's config.json that define it."""
+
+    @property
+    def in_channels(self) -> int: ...
+
+    @property
+    def out_channels(self) -> int: ...
+
+    @property
+    def text_dim(self) -> int:
+        """The width of `Cond.text`."""
+        ...
+
+    @property
+    def grain(self) -> tuple[int, ...]:
+        """Latents along their axes have to be multiples of it."""
+        ...
+
+    def shallow(self, depth: int) -> Self:
+        """Return the architecture with at most `depth` of the blocks that are alike."""
+        ...
+
+    def problems(self) -> Iterator[tuple[str, str]]: ...
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a network is called, beside its inputs."""
+
+    layers: tuple[int, ...] = ()  # blocks whose hidden states are wanted
+    attention: Attention | None = None  # of self-attention, from `Net.attention`; None: dense
+    blocks: tuple[int, ...] = ()  # frames of each block of a causal network in one pass; (): one block of all
+    cache: Any = None  # a video from `start_video` of a causal network: the frames follow those that it holds
+    write: bool = False  # the frames' own keys and values stay in the cache
+
+
+PLAIN = Call()
+
+
+class Out(NamedTuple):
+    """What a network returns."""
+
+    F: Tensor  # [B, C, ..]
+    maps: list[Tensor]  # hidden states [B, D, ..] after each of `Call.layers`, at least float32
+
+
+class Net(nn.Module, ABC):
+    """A role's network. `forward` is the only way in, as FSDP2 hooks no other."""
+
+    config: Any  # its Architecture
+    float32: tuple[str, ...] = ()  # parts of the names of parameters that stay float32 whatever the compute dtype
+    checkpointing = False  # whether the blocks are recomputed in the backward
+    blocks: Sequence[nn.Module] | nn.ModuleList  # in the order of the walk
+    widths: tuple[int, ...]  # channels after each block
+
+    @abstractmethod
+    def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond, call: Call = PLAIN) -> Out:
+        """Return F of x_t [B, C, ..] at times model_t [B], or [B, n] for the n of `call.blocks`."""
+
+    @abstractmethod
+    def flops(self, shape: Iterable[int], text_tokens: int, call: Call = PLAIN) -> int:
+        """Return multiply-adds x 2 of one forward of a latent [B, C, ..]: products, convolutions, attention."""
+
+    @abstractmethod
+    def start_from_scratch(self) -> Self:
+        """Set random weights to train from."""
+
+    def attention(self, shape: Iterable[int], sparsity: float) -> Attention | None:
+        """Return how self-attention works on a latent [B, C, ..]; None where it is dense."""
+        return None
+
+    def start_video(self, shape: Iterable[int]) -> Any:
+        """Return an empty cache for videos [B, C, T, H, W], of a causal network."""
+        raise ValueError(f"{type(self).__name__} makes no video block by block")
+
+    def prepare(self, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> None:
+        """Make what calls on latents [B, C, ..] of that shape share: tables, and the choice of the dense attention."""
+
+    def recompute_blocks(self, on: bool) -> None:
+        """Say whether the blocks are recomputed in the backward."""
+        self.checkpointing = on
+
+    def keeps_float32(self, name: str) -> bool:
+        """Return whether a parameter stays float32 whatever the compute dtype."""
+        return any(part in name for part in self.float32)
+
+
+def cast(net: Net, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Round parameters to the compute dtype in place, and return the float32 originals of those, by name.
+
+    The originals are an optimizer's masters.
+    """
+    masters = {}
+    for name, parameter in net.named_parameters():
+        if dtype != torch.float32 and not net.keeps_float32(name):
+            masters[name] = parameter.detach().float()
+            parameter.data = parameter.data.to(dtype)
+    return masters
