@@ -3,13 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet
 
-.PHONY: aot bench demo gpu lint test
+.PHONY: aot bench check demo gpu lint style test
 
 demo: .venv/.run  ## distil the tiny Wan teacher to 3 steps: table, runs/tiny_dmd/report.html
 	$(BIN)/fastdmd train configs/tiny_dmd.toml
 
-test: .venv/.dev lint  ## everything that runs without a GPU
-	$(BIN)/python -m pytest -n 2
+# PYTEST: more of its options; CI requires what the dev extra installs, where a developer may lack a package
+PYTEST ?=
+test: .venv/.dev lint  ## everything that runs without a GPU, and the slowest 15 tests
+	$(BIN)/python -m pytest -n 2 --durations=15 $(PYTEST)
+
+check: .venv/.dev lint  ## what a push is held to, in less than a minute: style, types, rules, methods, configurations
+	$(BIN)/python -m pytest -q -n 2 -m "not slow" tests/methods tests/config tests/test_layering.py tests/test_project.py
 
 # `make gpu PY=python3` takes a python that has torch, triton, pytest and pytest-benchmark already, and sets up nothing
 PY ?= $(BIN)/python
@@ -35,10 +40,12 @@ aot: .venv/.dev  ## every kernel to machine code for six GPU targets, its checks
 	$(BIN)/ctest --test-dir build --output-on-failure
 	$(BIN)/python -m fastdmd_kernels.aot --out build/aot --check
 
-lint: .venv/.dev
+lint: style
+	$(BIN)/pyright
+
+style: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
 
 .venv/.run: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -47,5 +54,5 @@ lint: .venv/.dev
 	touch $@
 
 .venv/.dev: .venv/.run
-	$(PIP) --editable ".[dev,tensorboard]"
+	$(PIP) --editable ".[dev]"
 	touch $@

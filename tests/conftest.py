@@ -1,3 +1,4 @@
+import importlib
 import os
 from pathlib import Path
 
@@ -8,6 +9,24 @@ from tiny import write_toml
 if not torch.cuda.is_available():
     # the kernels' tests run in triton's interpreter; read when triton is imported, which no line above does
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--require",
+        default="",
+        metavar="NAMES",
+        help="modules, by commas: to lack one is an error, where its tests would be skipped otherwise",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse to start without what --require names."""
+    for name in filter(None, config.getoption("--require").split(",")):
+        try:
+            importlib.import_module(name)
+        except ImportError as e:
+            raise pytest.UsageError(f"--require={name}: {e}; pip install 'fastdmd[dev]'") from e
 
 
 @pytest.fixture(scope="session", autouse=True)

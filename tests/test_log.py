@@ -3,8 +3,13 @@
 import io
 import json
 import os
+import socket
+import struct
 import sys
 import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -158,6 +163,76 @@ def test_wandb_hears_of_a_failure(tmp_path, monkeypatch, failed):
     except KeyboardInterrupt:
         pass
     assert run.mirrors[0].run.codes == [int(failed)]
+
+
+class Net(NamedTuple):
+    """A proxy that nobody answers behind: a process that reaches for the network connects to it."""
+
+    server: socket.socket
+
+    def was_touched(self) -> bool:
+        self.server.setblocking(False)
+        try:
+            self.server.accept()[0].close()
+        except BlockingIOError:
+            return False
+        return True
+
+
+@pytest.fixture
+def network(monkeypatch) -> Iterator[Net]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        yield Net(server)
+
+
+def offline_rows(folder: Path) -> tuple[str, list[tuple[int, dict[str, float]]], int]:
+    """Return the id, the rows and the exit code in wandb's file of an offline run.
+
+    It is LevelDB's log format: 7 bytes, then records of a checksum, a length, a kind (1: whole), a message.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    [path] = folder.glob("wandb/offline-run-*/run-*.wandb")
+    data, at = path.read_bytes(), 7
+    name, rows, code = "", [], -1
+    while at < len(data):
+        _, size, kind = struct.unpack_from("<IHB", data, at)
+        assert kind == 1
+        record = Record.FromString(data[at + 7 : at + 7 + size])
+        at += 7 + size
+        if record.HasField("history"):
+            items = record.history.item
+            values = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in items}
+            rows.append((values["_step"], {k: v for k, v in values.items() if not k.startswith("_")}))
+        elif record.HasField("run"):
+            name = record.run.run_id
+        elif record.HasField("exit"):
+            code = record.exit.exit_code
+    return name, rows, code
+
+
+def test_wandb_for_real(tmp_path, monkeypatch, network):
+    """Offline, where a resumed run's folder has all its rows: syncing replaces a run."""
+    pytest.importorskip("wandb")
+    for name, value in {"MODE": "offline", "SILENT": "true", "ERROR_REPORTING": "false"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    write(tmp_path, 0, 2, "wandb")
+    first, rows, code = offline_rows(tmp_path)
+    together = [
+        (0, {"valid/oracle": 0.0}),
+        (1, {"train/loss_student": 0.1}),
+        (2, {"train/loss_student": 0.2, "valid/oracle": 0.5}),
+        (3, {"train/loss_student": 0.1 * 3}),
+    ]
+    assert (rows, code) == (together[:3], 0)
+    (tmp_path / "wandb").rename(tmp_path / "before")  # folders are named by the second
+    write(tmp_path, 2, 3, "wandb")
+    assert offline_rows(tmp_path) == (first, together, 0)
+    assert not network.was_touched()
 
 
 def test_tensorboard_takes_back_the_steps_that_are_made_again(tmp_path, monkeypatch):
