@@ -1,4 +1,4 @@
-"""Test what one step does to which role: its own [optim] table, its own phase, recomputation in frozen networks."""
+"""Test what one step does to which role: its own [optim] table, its own phase, recomputation if frozen."""
 
 from collections import Counter
 
@@ -66,7 +66,7 @@ def only(run: Run, phase: str) -> None:
 
 
 def test_a_role_is_updated_by_its_own_optim_table(tmp_path):
-    """After one step AdamW's moments tell betas and the clip norm; the weights, decay, eps and learning rate."""
+    """After one step AdamW's moments show betas and clip norm; the weights, decay, eps and learning rate."""
     run = build(make_config(tmp_path, "dmd", *GAN, *(as_override(*item) for item in TABLES.items())))
     assert set(run.optimizers) == set(TABLES)
     before = {role: {n: m.clone() for n, m in each.masters.items()} for role, each in run.optimizers.items()}
@@ -99,7 +99,7 @@ def test_a_role_is_updated_by_its_own_optim_table(tmp_path):
     ids=lambda value: value[0] if isinstance(value, tuple) else None,
 )
 def test_a_phase_updates_its_roles_and_leaves_the_others_without_a_gradient(tmp_path, how, phase, trained):
-    """A gradient left in the critic's weights by SiD's student phase would be part of the critic's next update."""
+    """A gradient that SiD's student phase left in the critic's weights would be part of its next update."""
     run = build(make_config(tmp_path, *how))
     only(run, phase)
     before = parameters(run)

@@ -1,4 +1,4 @@
-"""Test that the maps which a discriminator sees are in raster order: a place in the map is that place of the latent."""
+"""Test that a discriminator's maps are in raster order: a place in a map is that place of the latent."""
 
 import pytest
 import torch
