@@ -3,33 +3,48 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Mapping
+from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 KERNELS = REPOSITORY / "kernels"
-PAGES = {  # by module name
-    ".".join(path.relative_to(root).with_suffix("").parts): path.read_text(encoding="utf-8")
-    for root, package in ((REPOSITORY, "fastdmd"), (KERNELS, "fastdmd_kernels"))
-    for path in sorted((root / package).rglob("*.py"))
-}
-LINES = 450
+FILE_LINES, FUNCTION_LINES = 400, 60
+
+
+def pages_of(root: Path, package: str) -> dict[str, str]:
+    """Return the text of each file of a package by its module's name."""
+    return {
+        ".".join(path.relative_to(root).with_suffix("").parts): path.read_text(encoding="utf-8")
+        for path in sorted((root / package).rglob("*.py"))
+    }
+
+
+PAGES = pages_of(REPOSITORY, "fastdmd") | pages_of(KERNELS, "fastdmd_kernels")
+BENCH = pages_of(REPOSITORY, "bench")  # held to the sizes alone
 
 
 def under(name, *packages):
     return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
+def from_import(module, node):
+    """Return the full names of `from a import b, c` in a module: a, a.b and a.c."""
+    package = module.split(".")[: -node.level] if node.level else []
+    name = ".".join([*package, *([node.module] if node.module else [])])
+    return [name, *(f"{name}.{alias.name}" for alias in node.names)]
+
+
 def imported(module, text):
-    """The full names that a page imports, wherever it does: `from a import b` gives a and a.b."""
+    """Yield the full names that a page imports, wherever it does: `from a import b` gives a and a.b."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            package = module.split(".")[: -node.level] if node.level else []
-            name = ".".join([*package, *([node.module] if node.module else [])])
-            yield from (name, *(f"{name}.{alias.name}" for alias in node.names))
+            yield from from_import(module, node)
 
 
 def kernels_import_torch_only(module, text):
@@ -63,8 +78,20 @@ def environment_is_read_in_three_places(module, text):
 
 
 def files_are_short(module, text):
-    if (lines := text.count("\n")) > LINES:
+    lines = text.count("\n")
+    if lines > FILE_LINES:
         yield f"{lines} lines"
+
+
+def functions_are_short(module, text):
+    """From the decorator on; of a kernel, whose pointers and strides have a line each, only the body."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            is_kernel = any("triton.jit" in ast.unparse(each) for each in node.decorator_list)
+            first = node.body[0] if is_kernel else [*node.decorator_list, node][0]
+            lines = node.end_lineno - first.lineno + 1
+            if lines > FUNCTION_LINES:
+                yield f"{node.name}: {lines} lines"
 
 
 def nothing_is_pickled(module, text):
@@ -121,7 +148,13 @@ RULES = {
         ("fastdmd.train", "from os import environ"),
         ("fastdmd.train", "import os\nos.getenv('RANK')"),
     ],
-    files_are_short: [("fastdmd.train", "\n" * (LINES + 1))],
+    files_are_short: [("fastdmd.train", "\n" * (FILE_LINES + 1))],
+    functions_are_short: [
+        ("fastdmd.train", "def f():\n" + "    pass\n" * FUNCTION_LINES),
+        ("fastdmd.train", "class A:\n  async def f():\n" + "    pass\n" * FUNCTION_LINES),
+        ("fastdmd.train", "@torch.no_grad()\ndef f():\n" + "    pass\n" * (FUNCTION_LINES - 1)),
+        ("fastdmd_kernels.vsa", "@triton.jit\ndef f():\n" + "    pass\n" * (FUNCTION_LINES + 1)),
+    ],
     nothing_is_pickled: [
         ("fastdmd.checkpoint", "import torch\ntorch.load('x')"),
         ("fastdmd.checkpoint", "from pickle import dump"),
@@ -139,9 +172,14 @@ RULES = {
 }
 
 
+SIZES = (files_are_short, functions_are_short)
+
+
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_the_code_keeps_the_rule(rule):
-    assert {module: found for module, text in PAGES.items() if (found := list(rule(module, text)))} == {}
+    pages = PAGES | BENCH if rule in SIZES else PAGES
+    found = {module: list(rule(module, text)) for module, text in pages.items()}
+    assert {module: broken for module, broken in found.items() if broken} == {}
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -153,6 +191,69 @@ def test_the_rule_can_be_broken(rule):
 def test_all_pages_are_read():
     some = {"fastdmd.cli", "fastdmd.methods.__init__", "fastdmd.models.wan.net", "fastdmd_kernels.losses.api"}
     assert some <= set(PAGES)
+    assert "bench.report" in BENCH
+
+
+def imports(pages: Mapping[str, str]) -> dict[str, set[str]]:
+    """Return which modules of some pages each one imports: inside functions too, and for types alone.
+
+    `from package import name` is an import of the submodule where there is one of that name, else of the package.
+    """
+    modules = {name.removesuffix(".__init__") for name in pages}
+    graph = {}
+    for name, text in pages.items():
+        found = set()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom):
+                package, *names = from_import(name, node)
+                found |= {each if each in modules else package for each in names}
+            elif isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+        graph[name.removesuffix(".__init__")] = found & modules
+    return graph
+
+
+def circle(graph: Mapping[str, set[str]]) -> list[str]:
+    """Return modules that import one another in a circle, the first again at the end; none: there is no circle."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as e:
+        return list(reversed(e.args[1]))  # which names each before its importer
+    return []
+
+
+def test_no_imports_go_in_a_circle():
+    """A circle would make the order of imports matter, and a page unreadable by itself."""
+    graph = imports(PAGES)
+    assert "fastdmd.train" in graph["fastdmd.cli"]  # imported inside a function
+    assert circle(graph) == []
+
+
+CIRCLES = [
+    {"a.b": "import a.c", "a.c": "from a.b import f"},
+    {"a.b": "from a import c", "a.c": "def f():\n    from a.b import g"},
+    {"a.b": "from . import c", "a.c": "if TYPE_CHECKING:\n    from .b import B"},
+    {"a.__init__": "from a.b import f", "a.b": "from a import g"},
+    {"a.b": "from a.c import f", "a.c": "from a.d import f", "a.d": "from a.b import f", "a.e": ""},
+]
+
+
+@pytest.mark.parametrize("pages", CIRCLES)
+def test_a_circle_is_seen(pages):
+    found = circle(imports(pages))
+    assert len(found) >= 3
+    assert found[0] == found[-1]
+    assert all(b in imports(pages)[a] for a, b in pairwise(found))
+
+
+def test_a_submodule_is_not_its_package():
+    pages = {
+        "a.__init__": "from a.b import f",
+        "a.b": "from a import c\nimport torch",
+        "a.c": "from torch import nn",
+    }
+    assert imports(pages) == {"a": {"a.b"}, "a.b": {"a.c"}, "a.c": set()}
+    assert circle(imports(pages)) == []
 
 
 def calls(tree):
