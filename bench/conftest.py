@@ -16,7 +16,9 @@ HERE = Path(__file__).parent / "results"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--plan", choices=list(PLANS), default="gpu" if DEVICE.type == "cuda" else "cpu")
-    parser.addoption("--results", type=Path, action="append", help=f"folders of the lines; default {HERE.name}/")
+    parser.addoption(
+        "--results", type=Path, action="append", help=f"folders of the lines; default {HERE.name}/"
+    )
     parser.addoption("--minutes", type=float, default=60.0, help="start no benchmark after so many")
 
 

@@ -28,7 +28,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     # shape by shape: inputs are made once
     order = {shape.name: i for i, shape in enumerate((*plan.losses, *plan.attention))}
     cases = [case for module in (losses, sparse, dense) for case in module.cases(plan, DEVICE)]
-    metafunc.parametrize("case", sorted(cases, key=lambda case: (order[case.shape.name], case.dtype)), ids=str)
+    metafunc.parametrize(
+        "case", sorted(cases, key=lambda case: (order[case.shape.name], case.dtype)), ids=str
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -94,5 +96,7 @@ def line_of(
         "of_copy": gb_s / session.ceilings["copy_gb_s"] if gb_s else None,
         "peak_memory_gb": memory,
         "error": error,
-        "launch": record.launch(work.kernels, session.device, case.dtype, K) if case.ours and work.kernels else None,
+        "launch": record.launch(work.kernels, session.device, case.dtype, K)
+        if case.ours and work.kernels
+        else None,
     }

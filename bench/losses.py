@@ -68,4 +68,6 @@ def cases(plan: Plan, device: torch.device) -> Iterator[Case]:
                 for of in ("forward", "both"):
                     for variant in variants:
                         build = partial(_work, op, variant, of, shape, dtype)
-                        yield Case(op, variant, of, shape, dtype, build, ours=variant == "ours", captured=True)
+                        yield Case(
+                            op, variant, of, shape, dtype, build, ours=variant == "ours", captured=True
+                        )

@@ -68,7 +68,9 @@ def machine(device: torch.device) -> dict[str, object]:
     }
 
 
-def launch(kernels: tuple[str, ...], device: torch.device, dtype: str, K: int | None) -> dict[str, object] | None:
+def launch(
+    kernels: tuple[str, ...], device: torch.device, dtype: str, K: int | None
+) -> dict[str, object] | None:
     """Return the configurations that triton kernels were launched with.
 
     The torch backend has none: None.

@@ -169,7 +169,11 @@ def padded(x: Tensor, tiles: Tiles) -> Tensor:
     geometry = tiles.on(x.device)
     slot = torch.arange(tiles.slots, device=x.device)
     rows = (geometry.row_start.long()[:, None] + slot).clamp(max=tiles.L - 1).flatten()
-    x = x.detach().index_select(1, rows).masked_fill((slot >= geometry.n_valid[:, None]).flatten()[:, None, None], 0)
+    x = (
+        x.detach()
+        .index_select(1, rows)
+        .masked_fill((slot >= geometry.n_valid[:, None]).flatten()[:, None, None], 0)
+    )
     return x.transpose(1, 2)
 
 

@@ -45,7 +45,9 @@ def frame_blocks(frames: int, per_block: int, independent_first_frame: bool = Fa
     return [slice(a, b) for a, b in zip(starts, [*starts[1:], frames], strict=True)]
 
 
-def draw_blocks(rng: Rng, blocks: Sequence[slice], steps: Sequence[int], shape: Sequence[int]) -> list[BlockNoise]:
+def draw_blocks(
+    rng: Rng, blocks: Sequence[slice], steps: Sequence[int], shape: Sequence[int]
+) -> list[BlockNoise]:
     """Return the noise of blocks that take these numbers of re-noising steps, of latents [C, T, H, W].
 
     It is drawn block by block, so that a video does not depend on what comes after.

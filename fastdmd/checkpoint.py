@@ -31,7 +31,10 @@ class Config:
         if self.keep < 1:
             yield "keep", f"{self.keep} is not positive; keep at least 1"
         if self.resume not in ("latest", False) and not (Path(self.resume) / MANIFEST).is_file():
-            yield "resume", f"{self.resume!r} has no {MANIFEST}; give a step_NNNNNNNN folder, 'latest' or false"
+            yield (
+                "resume",
+                f"{self.resume!r} has no {MANIFEST}; give a step_NNNNNNNN folder, 'latest' or false",
+            )
 
 
 def complete(folder: Path) -> list[Path]:
@@ -93,7 +96,9 @@ def find(folder: Path, resume: str | bool) -> Path | None:
         return found[-1] if found else None
     path = Path(str(resume))
     if not (path / MANIFEST).is_file():
-        raise ValueError(f"checkpoint.resume = {resume!r} has no {MANIFEST}; give a step_NNNNNNNN folder, or 'latest'")
+        raise ValueError(
+            f"checkpoint.resume = {resume!r} has no {MANIFEST}; give a step_NNNNNNNN folder, or 'latest'"
+        )
     return path
 
 

@@ -34,7 +34,9 @@ def user_errors() -> Iterator[None]:
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="A complete TOML file; see configs/.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, values in TOML syntax.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key.path=value, values in TOML syntax.")
+    ] = None,
 ) -> None:
     """Distil (or pre-train) as CONFIG says; goes on from the newest checkpoint of its output_dir."""
     from fastdmd import config as configs
@@ -106,8 +108,12 @@ def export(
 @app.command()
 def warm(
     config: Annotated[Path, typer.Argument(help="The TOML file of a run that will start later.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, values in TOML syntax.")] = None,
-    target: Annotated[str | None, typer.Option(help="sm_90, sm_100, gfx942, ..; absent: this machine's GPU.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key.path=value, values in TOML syntax.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="sm_90, sm_100, gfx942, ..; absent: this machine's GPU.")
+    ] = None,
 ) -> None:
     """Compile the kernels that CONFIG's run needs into triton's cache: its first step then compiles nothing."""
     from fastdmd import config as configs

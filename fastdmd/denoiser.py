@@ -22,7 +22,9 @@ class Denoiser:
     `F` is the raw output; the arithmetic around the network is as `wide` as the latents.
     """
 
-    def __init__(self, net: Net, schedule: Schedule, trainable: Mapping[str, nn.Parameter] | None = None) -> None:
+    def __init__(
+        self, net: Net, schedule: Schedule, trainable: Mapping[str, nn.Parameter] | None = None
+    ) -> None:
         """Take the parameters that may learn, by name; absent: all."""
         self.net, self.schedule = net, schedule
         self.trainable = dict(net.named_parameters()) if trainable is None else trainable
@@ -54,7 +56,9 @@ class Denoiser:
         F_c, F_u = self.raw_pair(x_t, c, cond, uncond)
         return guide(F_u, F_c, w)
 
-    def features(self, x_t: Tensor, model_t: Tensor, cond: Cond, layers: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    def features(
+        self, x_t: Tensor, model_t: Tensor, cond: Cond, layers: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor]]:
         """Return F, and float32 maps [B, D, ..] of the network's inside after each of the blocks `layers`."""
         return self._call(x_t, model_t, cond, Call(layers=tuple(layers)))
 

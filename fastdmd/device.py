@@ -6,7 +6,11 @@ import torch
 def present() -> list[str]:
     """The devices of this machine, best first. ROCm calls itself cuda."""
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    return [*(["cuda", *gpus] if gpus else []), *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+    return [
+        *(["cuda", *gpus] if gpus else []),
+        *(["mps"] if torch.backends.mps.is_available() else []),
+        "cpu",
+    ]
 
 
 def pick_device(name: str) -> torch.device:

@@ -20,7 +20,11 @@ def version(package: str) -> str:
 
 def report() -> str:
     device = pick_device("auto")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
     lines = [f"python        {platform.python_version()}"]
     lines += [f"{package:13} {version(package)}" for package in PACKAGES]
     lines += [f"device        {device} ({name}), {torch.get_num_threads()} threads"]

@@ -30,7 +30,9 @@ def export_student(path: Path, out: Path) -> None:
     averaged = run.ema if config.validation.weights == "ema" else None
     weights = learned = averaged.shadow if averaged else run.optimizers["student"].masters
     if config.lora:
-        parameters = dict(net.float().named_parameters())  # in bf16 W + B A would lose what is under W / 256 of B A
+        parameters = dict(
+            net.float().named_parameters()
+        )  # in bf16 W + B A would lose what is under W / 256 of B A
         for name, value in learned.items():
             parameters[name].data.copy_(value)
         weights = merged(net)

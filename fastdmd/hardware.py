@@ -6,7 +6,14 @@ import sys
 import torch
 
 # dense bfloat16 peak in FLOP/s by name (vendors' data sheets, without sparsity)
-BF16_PEAK = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "MI300X": 1307e12, "MI355X": 2500e12}
+BF16_PEAK = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "MI300X": 1307e12,
+    "MI355X": 2500e12,
+}
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -77,7 +77,9 @@ class Wandb:
         try:
             import wandb  # pyright: ignore[reportMissingImports]
         except ImportError:
-            raise ValueError("logging.backends: 'wandb' is not installed; pip install 'fastdmd[wandb]'") from None
+            raise ValueError(
+                "logging.backends: 'wandb' is not installed; pip install 'fastdmd[wandb]'"
+            ) from None
         path = folder / "wandb_id"
         self.run = wandb.init(
             project=config.project,
@@ -171,7 +173,12 @@ class Progress:
         left = f"ETA {clock(each * (self.total - done))}" if done < self.total else f"took {clock(elapsed)}"
         line = f"{self.what} {done}/{self.total}  {each:.2f} s each  {left}  {note}"
         self.open = self.live and done < self.total
-        print(("\r\x1b[2K" if self.live else "") + line, end="" if self.open else "\n", file=sys.stderr, flush=True)
+        print(
+            ("\r\x1b[2K" if self.live else "") + line,
+            end="" if self.open else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def clock(seconds: float) -> str:

@@ -26,7 +26,10 @@ class Config:
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.lr <= 0:
-            yield "lr", f"{self.lr} is not positive; DMD2 on Wan uses 2e-6 for the student, 4e-7 for the critic"
+            yield (
+                "lr",
+                f"{self.lr} is not positive; DMD2 on Wan uses 2e-6 for the student, 4e-7 for the critic",
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             yield "betas", f"{list(self.betas)} leaves [0, 1); e.g. [0.0, 0.999]"
         if self.eps <= 0:
@@ -74,7 +77,11 @@ class Optimizer:
     """
 
     def __init__(
-        self, params: Mapping[str, nn.Parameter], config: Config, max_steps: int, masters: Mapping[str, Tensor]
+        self,
+        params: Mapping[str, nn.Parameter],
+        config: Config,
+        max_steps: int,
+        masters: Mapping[str, Tensor],
     ) -> None:
         self.config, self.max_steps, self.params = config, max_steps, params
         self.masters = {name: masters.get(name, p) for name, p in self.params.items()}
@@ -139,7 +146,9 @@ class Optimizer:
     def moments(self) -> dict[str, Tensor]:
         """AdamW's state by "kind.parameter"."""
         state = self.adamw.state
-        return {f"{kind}.{name}": value for name, m in self.masters.items() for kind, value in state[m].items()}
+        return {
+            f"{kind}.{name}": value for name, m in self.masters.items() for kind, value in state[m].items()
+        }
 
     @torch.no_grad()
     def load(self, masters: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:

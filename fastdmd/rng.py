@@ -19,7 +19,9 @@ def _generator(device: torch.device | str, *address: int | str) -> torch.Generat
 class Rng:
     """The draws of one stream ("data", "student0", "critic1", ..) of one step, for samples of the global batch."""
 
-    def __init__(self, seed: int, step: int, stream: str, samples: Sequence[int], device: torch.device | str) -> None:
+    def __init__(
+        self, seed: int, step: int, stream: str, samples: Sequence[int], device: torch.device | str
+    ) -> None:
         self.device = torch.device(device)
         self._shared = _generator("cpu", seed, step, stream, "shared")
         self._host = [_generator("cpu", seed, step, stream, i, "host") for i in samples]

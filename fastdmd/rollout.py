@@ -112,7 +112,10 @@ def rollout(
     noise, exits, drawn, _ = draws
     if config.mode == "causal":
         T = noise.shape[2]
-        blocks, first = config.blocks(T), T - (config.grad_frames or T)  # the first frame that carries the loss
+        blocks, first = (
+            config.blocks(T),
+            T - (config.grad_frames or T),
+        )  # the first frame that carries the loss
         walks = [
             Walk(steps[: e + 1], each, grad and frames.stop > first)
             for e, each, frames in zip(exits, drawn, blocks, strict=True)

@@ -33,7 +33,9 @@ def guided(denoiser: Denoiser, uncond: Cond, w: float) -> Denoise:
     return denoise
 
 
-def renoise_steps(denoise: Denoise, x: Tensor, steps: Sequence[Coeffs], noise: Sequence[Tensor], cond: Cond) -> Tensor:
+def renoise_steps(
+    denoise: Denoise, x: Tensor, steps: Sequence[Coeffs], noise: Sequence[Tensor], cond: Cond
+) -> Tensor:
     """Return x at the last of `steps`, from x at the first: x0 = denoise(x), x' = alpha' x0 + sigma' eps.
 
     noise: eps of each step but the first.

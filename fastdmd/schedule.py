@@ -68,7 +68,9 @@ def send(
 
     times, rows: float64 [B] on the host. What is returned is where `like` is, and as `wide` as it.
     """
-    groups = [(schedule.alpha(t), schedule.sigma(t), *schedule.x0_coeffs(t), schedule.model_t(t)) for t in times]
+    groups = [
+        (schedule.alpha(t), schedule.sigma(t), *schedule.x0_coeffs(t), schedule.model_t(t)) for t in times
+    ]
     host = [row.expand(t.shape) for t, group in zip(times, groups, strict=True) for row in group]
     sent = torch.stack([*host, *rows]).to(wide(like).dtype).to(like.device, non_blocking=True).unbind()
     n = len(Coeffs._fields) - len(Coeffs._field_defaults)

@@ -67,9 +67,14 @@ def train(config: Config) -> Run:
                         log.write(run.step, run.recent | perf)
                         run.recent = {}
                     progress.show(
-                        run.step, "  ".join(f"{k.split('/')[1]} {v:.4g}" for k, v in values.items() if "loss" in k)
+                        run.step,
+                        "  ".join(f"{k.split('/')[1]} {v:.4g}" for k, v in values.items() if "loss" in k),
                     )
-                    if config.validation.every and run.step % config.validation.every == 0 and run.step < max_steps:
+                    if (
+                        config.validation.every
+                        and run.step % config.validation.every == 0
+                        and run.step < max_steps
+                    ):
                         validate_step(run, log)
                     stop = run.stop  # read once: a signal may come at any moment
                     if run.step % config.checkpoint.every == 0 or run.step == max_steps or stop:
@@ -123,7 +128,9 @@ def take_step(run: Run) -> dict[str, float]:
 
 def dump_nonfinite(run: Run, phase: str, index: int, read: Mapping[str, float], batches: list[Batch]) -> str:
     """Save what reproduces a step that was not finite, and say which tensor it was."""
-    grads = [(role, *item) for role in run.method.trains(phase) for item in run.optimizers[role].grads().items()]
+    grads = [
+        (role, *item) for role in run.method.trains(phase) for item in run.optimizers[role].grads().items()
+    ]
     bad = [f"gradient of {role}.{name}" for role, name, grad in grads if not grad.isfinite().all()]
     bad = [name for name, value in read.items() if not math.isfinite(value)] + bad
     path = run.folder / f"nonfinite_{run.step + 1:08d}"

@@ -88,7 +88,9 @@ def velocity(net: Wan, x: Tensor, t: Tensor, text: Tensor, blocks: Sequence[int]
 
     for i in range(CONFIG.num_layers):
         at = f"blocks.{i}"
-        shift1, scale1, gate1, shift3, scale3, gate3 = (p[f"{at}.scale_shift_table"][:, None] + modulation).unbind(2)
+        shift1, scale1, gate1, shift3, scale3, gate3 = (
+            p[f"{at}.scale_shift_table"][:, None] + modulation
+        ).unbind(2)
         y = norm(h) * (1 + scale1) + shift1
         h = h + attend(f"{at}.attn1", y, y, own=True) * gate1
         y = norm(h) * p[f"{at}.norm2.weight"] + p[f"{at}.norm2.bias"]
@@ -120,7 +122,9 @@ def rollout(
         numbers = [j for j, n in enumerate(lengths[: i + 1]) for _ in range(n)]
 
         def x0_of(x: Tensor, t: float, context=context, numbers=numbers, start=start) -> Tensor:
-            told = torch.tensor([context_noise] * start + [t] * x.shape[2], dtype=torch.float64).expand(len(x), -1)
+            told = torch.tensor([context_noise] * start + [t] * x.shape[2], dtype=torch.float64).expand(
+                len(x), -1
+            )
             frames = torch.cat([context, x], 2)
             v = velocity(net, frames, told, text, numbers, held=0 if leak else start)
             return x - t * v[:, :, start:]

@@ -74,7 +74,11 @@ def make_rng(stream: str = "student0", size: int = 4) -> Rng:
 
 
 def make_nets(method: DCM) -> dict[str, Denoiser]:
-    roles = ("student", "teacher", *(role for role in method.config.roles if role not in ("student", "teacher")))
+    roles = (
+        "student",
+        "teacher",
+        *(role for role in method.config.roles if role not in ("student", "teacher")),
+    )
     nets = mlp.deep_nets(method.schedule, roles)
     if "disc" not in roles:
         return nets
@@ -135,7 +139,9 @@ class Definition:
         self.adversarial = y[0].detach(), y[1], a
         (fake, logits), (real, _) = (self.judge(x, a) for x in y)
         hinge = torch.stack([(1 - x).clamp(min=0).mean() for x in logits]).mean()
-        features = torch.stack([((f - r.detach()) ** 2).mean() for f, r in zip(fake, real, strict=True)]).mean()
+        features = torch.stack(
+            [((f - r.detach()) ** 2).mean() for f, r in zip(fake, real, strict=True)]
+        ).mean()
         adversarial = self.keys["hinge_weight"] * hinge + self.keys["feature_weight"] * features
         return loss + self.keys["adversarial_weight"] * adversarial
 
@@ -143,7 +149,9 @@ class Definition:
         """Projections and logits of each map."""
         given = self.keys["disc_layers"]
         layers = (0, 2) if given is None else given
-        _, maps = self.nets["teacher"](x, 1000 * sigma, Cond(BATCH.cond.text.double()), Call(layers=tuple(layers)))
+        _, maps = self.nets["teacher"](
+            x, 1000 * sigma, Cond(BATCH.cond.text.double()), Call(layers=tuple(layers))
+        )
         judged = [project(head, m, 8) for head, m in zip(self.nets["disc"].heads, maps, strict=True)]
         return [p for p, _ in judged], [logits for _, logits in judged]
 
@@ -157,6 +165,8 @@ class Definition:
         self.student_loss(make_rng())
         fake, real, a = self.adversarial
         pairs = zip(self.judge(fake, a)[1], self.judge(real, a)[1], strict=True)
-        loss = torch.stack([(1 + f).clamp(min=0).mean() + (1 - r).clamp(min=0).mean() for f, r in pairs]).mean()
+        loss = torch.stack(
+            [(1 + f).clamp(min=0).mean() + (1 - r).clamp(min=0).mean() for f, r in pairs]
+        ).mean()
         loss.backward()
         return loss.detach(), mlp.gradient(self.nets["disc"])

@@ -69,7 +69,11 @@ class Definition:
     """A step of DMD on flow models written down in float64, once through."""
 
     def __init__(self, nets: Mapping[str, Denoiser], rng: Rng, **keys: Any) -> None:
-        self.nets, self.rng, self.keys = {r: deepcopy(d.net).double() for r, d in nets.items()}, rng, DEFAULTS | keys
+        self.nets, self.rng, self.keys = (
+            {r: deepcopy(d.net).double() for r, d in nets.items()},
+            rng,
+            DEFAULTS | keys,
+        )
         times = [t / 1000 for t in self.keys["denoising_timesteps"]]
         self.times = [by_odds(t, FLOW_SHIFT) for t in times] if self.keys["warp_timesteps"] else times
 
@@ -95,7 +99,11 @@ class Definition:
             for t, t_next in pairwise(self.times[: at + 1]):
                 x0 = (x - t * self.v("student", x, t)).detach()
                 x = (1 - t_next) * x0 + t_next * self.normal()
-        return x - self.times[at] * self.v("student", x, self.times[at]), self.times[at], [*self.times, 0.0][at + 1]
+        return (
+            x - self.times[at] * self.v("student", x, self.times[at]),
+            self.times[at],
+            [*self.times, 0.0][at + 1],
+        )
 
     def score_time(self, exit_t: float, next_t: float) -> Tensor:
         """By inversion: the shifted law's distribution function at s is by_odds(s, 1 / k)."""
@@ -104,7 +112,9 @@ class Definition:
         high = exit_t if self.keys["score_window"] in ("upper", "both") else 1.0
         u = by_odds(low, 1 / k) + self.rng.uniform() * (by_odds(high, 1 / k) - by_odds(low, 1 / k))
         smallest, largest = self.keys["score_timestep_range"]
-        return torch.tensor([min(max(float(by_odds(one, k)), smallest), largest) for one in u], dtype=torch.float64)
+        return torch.tensor(
+            [min(max(float(by_odds(one, k)), smallest), largest) for one in u], dtype=torch.float64
+        )
 
     def student_scores(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """(x0_g, z, s, x0_fake, x0_real), nothing detached."""
@@ -123,7 +133,9 @@ class Definition:
         x0_g, exit_t, next_t = self.rollout()
         s, eps, x0_g = self.score_time(exit_t, next_t), self.normal(), x0_g.detach()
         z = (1 - column(s)) * x0_g + column(s) * eps
-        loss = (self.guided_v("critic", z, s, self.keys["critic_train_guidance"]) - (eps - x0_g)).square().mean()
+        loss = (
+            (self.guided_v("critic", z, s, self.keys["critic_train_guidance"]) - (eps - x0_g)).square().mean()
+        )
         loss.backward()
         return loss.detach(), mlp.gradient(self.nets["critic"])
 

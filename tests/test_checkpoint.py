@@ -100,7 +100,9 @@ def test_what_resume_names(tmp_path):
     assert checkpoint.find(tmp_path, "latest") == tmp_path / "step_00000002"
     assert checkpoint.find(tmp_path, str(path)) == path
     assert checkpoint.find(tmp_path, False) is None
-    with pytest.raises(ValueError, match=r"checkpoint.resume = '.*' has no manifest.json; give a step_NNNNNNNN folder"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint.resume = '.*' has no manifest.json; give a step_NNNNNNNN folder"
+    ):
         checkpoint.find(tmp_path, str(tmp_path))
 
 
@@ -141,7 +143,9 @@ def test_another_configuration_is_refused(tmp_path, saved, resumed, message):
         restore(second)
         assert second.step == 1
         return
-    with pytest.raises(ValueError, match=f"step_00000001:? {message}; resume with the configuration that it was saved"):
+    with pytest.raises(
+        ValueError, match=f"step_00000001:? {message}; resume with the configuration that it was saved"
+    ):
         restore(second)
 
 

@@ -53,7 +53,9 @@ def test_help_answers_at_once():
 
 
 def test_help_imports_no_framework():
-    code = "import sys; from fastdmd.cli import app; app(['--help'], standalone_mode=False); print(*sys.modules)"
+    code = (
+        "import sys; from fastdmd.cli import app; app(['--help'], standalone_mode=False); print(*sys.modules)"
+    )
     shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     *lines, modules = shown.splitlines()
     assert all(any(f" {command} " in line for line in lines) for command in COMMANDS), shown
@@ -73,7 +75,9 @@ def test_doctor_lists_versions_device_and_backends():
     assert told["attention"].split()[0] in attention.IMPLEMENTATIONS
 
 
-@pytest.mark.parametrize("command", [["sample"], ["eval"], ["export", "--out", "exported"]], ids=lambda c: c[0])
+@pytest.mark.parametrize(
+    "command", [["sample"], ["eval"], ["export", "--out", "exported"]], ids=lambda c: c[0]
+)
 def test_a_folder_that_is_no_run_is_one_clear_line(command, tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
         result = CliRunner().invoke(app, [*command, str(folder)])

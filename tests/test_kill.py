@@ -83,7 +83,10 @@ def train_until(config: Path, overrides: tuple[str, ...], death: int) -> None:
 
 def result(run: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """What kills must not change: the rows without what the clock says, and the hashes of the last tensors."""
-    rows = [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in read_metrics(run / "metrics.jsonl")]
+    rows = [
+        {k: v for k, v in row.items() if not k.startswith("perf/")}
+        for row in read_metrics(run / "metrics.jsonl")
+    ]
     manifest, _ = checkpoint.load(checkpoint.complete(run / "checkpoints")[-1])
     assert (run / "summary.json").is_file()
     return rows, manifest["files"]
@@ -93,7 +96,9 @@ def last_step(run: Path) -> int:
     return max((row["step"] for row in read_metrics(run / "metrics.jsonl")), default=0)
 
 
-def kill_at_random(start: Callable[[], Any], run: Path, steps: int, kills: int, seed: int, wait: float) -> list[int]:
+def kill_at_random(
+    start: Callable[[], Any], run: Path, steps: int, kills: int, seed: int, wait: float
+) -> list[int]:
     """Start, wait for a random step and up to `wait` seconds more, kill -9, start again ..; let the last one end.
 
     `start` gives a Popen of the same command each time. -> the last step written at each kill.
@@ -136,7 +141,13 @@ def test_killed_at_every_write(tmp_path, dmd_toml):
     """Each file, flush, rename and removal of two steps with two checkpoints, the second of which drops the first."""
 
     def command(name: str) -> tuple[Path, ...]:
-        return dmd_toml, *SHORT, "run.max_steps=2", "checkpoint.every=1", f"run.output_dir='{tmp_path / name}'"
+        return (
+            dmd_toml,
+            *SHORT,
+            "run.max_steps=2",
+            "checkpoint.every=1",
+            f"run.output_dir='{tmp_path / name}'",
+        )
 
     assert Fork(*command("whole")).wait() == 0
     expected = result(tmp_path / "whole")
@@ -166,7 +177,9 @@ def test_killed_ten_times_at_random(tmp_path, dmd_toml):
 
 @pytest.mark.slow
 def test_the_command_line_killed_at_random(dmd_toml):
-    assert "40 rows and the tensors of student" in demonstrate(str(dmd_toml), "run.max_steps=40", kills=1, wait=0.5)
+    assert "40 rows and the tensors of student" in demonstrate(
+        str(dmd_toml), "run.max_steps=40", kills=1, wait=0.5
+    )
 
 
 if __name__ == "__main__":

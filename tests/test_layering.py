@@ -54,7 +54,9 @@ def kernels_import_torch_only(module, text):
 
 
 def methods_are_mathematics(module, text):
-    others = [f"fastdmd.{name}" for name in ("models", "train", "config", "optim", "parallel", "checkpoint", "cli")]
+    others = [
+        f"fastdmd.{name}" for name in ("models", "train", "config", "optim", "parallel", "checkpoint", "cli")
+    ]
     if under(module, "fastdmd.methods"):
         yield from (name for name in imported(module, text) if under(name, "torch.distributed", *others))
 
@@ -66,7 +68,9 @@ def models_know_no_method(module, text):
 
 def libraries_of_models_stay_there(module, text):
     if not under(module, "fastdmd.models", "fastdmd.encode"):
-        yield from (name for name in imported(module, text) if under(name, "diffusers", "transformers", "peft"))
+        yield from (
+            name for name in imported(module, text) if under(name, "diffusers", "transformers", "peft")
+        )
 
 
 def environment_is_read_in_three_places(module, text):
@@ -95,7 +99,9 @@ def functions_are_short(module, text):
 
 
 def nothing_is_pickled(module, text):
-    yield from (name for name in imported(module, text) if under(name, "pickle", "dill", "cloudpickle", "torch.load"))
+    yield from (
+        name for name in imported(module, text) if under(name, "pickle", "dill", "cloudpickle", "torch.load")
+    )
     for call in calls(ast.parse(text)):
         if under(call, "pickle") or call in ("torch.load", "torch.save"):
             yield call
@@ -262,7 +268,9 @@ def calls(tree):
 
 
 def function(module, name):
-    [found] = [n for n in ast.walk(ast.parse(PAGES[module])) if isinstance(n, ast.FunctionDef) and n.name == name]
+    [found] = [
+        n for n in ast.walk(ast.parse(PAGES[module])) if isinstance(n, ast.FunctionDef) and n.name == name
+    ]
     return found
 
 

@@ -158,7 +158,9 @@ def test_returned_gradients_add_up_like_those_of_a_backward():
 def test_resume_is_bit_identical(rounded):
     net, optimizer = make(rounded)
     run(net, optimizer, 0, 3)
-    masters, moments = ({k: v.clone() for k, v in d.items()} for d in (optimizer.masters, optimizer.moments()))
+    masters, moments = (
+        {k: v.clone() for k, v in d.items()} for d in (optimizer.masters, optimizer.moments())
+    )
     assert {"exp_avg.w", "exp_avg_sq.w", "step.w", "exp_avg.b"} < moments.keys()
     run(net, optimizer, 3, 7)
     other, resumed = make(rounded)
@@ -217,7 +219,9 @@ def test_ema_closed_form():
 
 
 def test_ema_is_a_copy_up_to_start_step():
-    assert ema_after(EMAConfig(decay=0.9, start_step=2), [9.0, 1.0, 2.0, 3.0]) == pytest.approx([1.0, 2.0, 2.1])
+    assert ema_after(EMAConfig(decay=0.9, start_step=2), [9.0, 1.0, 2.0, 3.0]) == pytest.approx(
+        [1.0, 2.0, 2.1]
+    )
 
 
 def test_ema_every():

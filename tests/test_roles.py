@@ -89,7 +89,9 @@ def test_modules_can_be_trained_whole_beside_adapters(tmp_path):
 @pytest.mark.parametrize("weights", ["ema", "student"])
 def test_an_export_of_adapters_is_merged_in_float32(tmp_path, weights):
     """Of a student in bfloat16: its rounded weights, and the unrounded adapters that it averages or learns."""
-    run = train.train(make_config(tmp_path, "lcm_lora", "precision.compute='bf16'", f"validation.weights='{weights}'"))
+    run = train.train(
+        make_config(tmp_path, "lcm_lora", "precision.compute='bf16'", f"validation.weights='{weights}'")
+    )
     export_student(run.folder, tmp_path / "out")
     out = dict(folder.load(tmp_path / "out").named_parameters())
     start = dict(run.nets["teacher"].net.named_parameters())
@@ -107,7 +109,9 @@ def test_an_export_of_adapters_is_merged_in_float32(tmp_path, weights):
 @pytest.mark.parametrize("how", ["lcm_lora", "sdxl_lcm_lora"])
 def test_an_export_of_adapters_computes_what_the_student_does(tmp_path, how):
     """Merged, and beside it the adapters by themselves."""
-    run = train.train(make_config(tmp_path, how, "validation.teacher_reference=false", "optim.student.lr=0.1"))
+    run = train.train(
+        make_config(tmp_path, how, "validation.teacher_reference=false", "optim.student.lr=0.1")
+    )
     export_student(run.folder, tmp_path / "out")
     batch = run.world.batch(two_samples())
     w = torch.full((2,), 2.0) if run.config.method.guidance_embedding else None
@@ -129,7 +133,10 @@ def test_an_sdxl_student_opens_in_diffusers(tmp_path):
     export_student(run.folder, tmp_path / "out")
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "out", subfolder="unet")
     assert unet.config.time_cond_proj_dim == 256
-    assert StableDiffusionXLPipeline.load_config(tmp_path / "out")["scheduler"] == ["diffusers", "LCMScheduler"]
+    assert StableDiffusionXLPipeline.load_config(tmp_path / "out")["scheduler"] == [
+        "diffusers",
+        "LCMScheduler",
+    ]
 
 
 def test_a_causal_student_is_trained_and_sampled_block_by_block(tmp_path, monkeypatch):
@@ -138,7 +145,9 @@ def test_a_causal_student_is_trained_and_sampled_block_by_block(tmp_path, monkey
     assert kinds == {"student": True, "teacher": False, "critic": False}
     videos = []
     real = CausalWan.start_video
-    monkeypatch.setattr(CausalWan, "start_video", lambda net, shape: videos.append(tuple(shape)) or real(net, shape))
+    monkeypatch.setattr(
+        CausalWan, "start_video", lambda net, shape: videos.append(tuple(shape)) or real(net, shape)
+    )
     train.take_step(run)
     assert videos == [(2, 3, 4, 8, 8)]
     evaluate.sample(run, "student", run.world.prompts[:2], 0)
@@ -200,7 +209,9 @@ def test_checkpointing_recomputes_and_changes_nothing(tmp_path, how):
         run = build(make_config(tmp_path / memory, how, f"memory.checkpointing='{memory}'"))
         for role, net in run.nets.items():
             # before: a recomputation ends as soon as it has what the backward wants
-            net.net.blocks[0].register_forward_pre_hook(lambda *_, role=role, count=count: count.update([role]))
+            net.net.blocks[0].register_forward_pre_hook(
+                lambda *_, role=role, count=count: count.update([role])
+            )
         read[memory] = train.take_step(run)
     assert read["none"] == pytest.approx(read["full"], rel=1e-4)
     assert set(calls["full"] - calls["none"]) == RECOMPUTED[how]

@@ -19,7 +19,9 @@ from fastdmd.schedule import (
     unshift,
 )
 
-TABLE = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)  # SDXL's
+TABLE = torch.cumprod(
+    1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0
+)  # SDXL's
 SCHEDULES = {"flow": FlowSchedule(5.0), "eps": VPSchedule(TABLE, "eps"), "v": VPSchedule(TABLE, "v")}
 T = torch.tensor([1.0, 0.7, 0.25, 0.02], dtype=torch.float64)
 NOBODY = Cond(torch.zeros(1, 1, 1))
@@ -120,7 +122,10 @@ def test_ode_of_a_gaussian_carries_noise_to_data():
         return m + (1 - t) * s**2 * (x_t - (1 - t) * m) / ((1 - t) ** 2 * s**2 + t**2)
 
     schedule = FlowSchedule(1.0)
-    errors = [(ode(denoise, schedule, x, schedule.solver_grid(n), NOBODY) - m - s * x).abs().max() for n in (50, 100)]
+    errors = [
+        (ode(denoise, schedule, x, schedule.solver_grid(n), NOBODY) - m - s * x).abs().max()
+        for n in (50, 100)
+    ]
     assert errors[1] < 0.02
     assert errors[0] / errors[1] == pytest.approx(2, rel=0.1)
 

@@ -40,7 +40,12 @@ RUNS = {
     "lcm with an average as its target": ("lcm",),
     "adapters": ("lcm_lora",),
     "sdxl told its guidance": ("sdxl_lcm",),
-    "dmd with a discriminator": ("dmd", "method.gan_weight=0.1", "method.gan_layers=[0]", "optim.disc.lr=1e-3"),
+    "dmd with a discriminator": (
+        "dmd",
+        "method.gan_weight=0.1",
+        "method.gan_layers=[0]",
+        "optim.disc.lr=1e-3",
+    ),
     "sdxl dmd with a discriminator": (
         *("sdxl_dmd", "method.gan_weight=0.1", "method.gan_layers=[1, 2]", "optim.disc.lr=1e-3"),
     ),
@@ -92,9 +97,10 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path, monkeypatch, how, stop):
     there = manifest(whole.folder)["files"]
     assert manifest(resumed.folder)["files"] == there
     assert {"student.safetensors", "optim_student.safetensors", "ema.safetensors"} <= set(there)
-    assert not {"dmd", "causal_sid"} & set(RUNS[how]) or {"critic.safetensors", "optim_critic.safetensors"} <= set(
-        there
-    )
+    assert not {"dmd", "causal_sid"} & set(RUNS[how]) or {
+        "critic.safetensors",
+        "optim_critic.safetensors",
+    } <= set(there)
     assert rows(resumed.folder) == rows(whole.folder)
 
 
@@ -247,7 +253,8 @@ def test_what_a_run_reports(tmp_path, every, monkeypatch):
     critic = {"step", "train/loss_critic", "train/grad_norm_critic", "perf/step_s", "perf/mem_gb"}
     critic |= {"perf/mfu"} if every == 2 else set()
     student = {
-        f"train/{name}" for name in ("loss_student", "grad_norm_student", "dmd_grad_abs", "normalizer", "score_gap")
+        f"train/{name}"
+        for name in ("loss_student", "grad_norm_student", "dmd_grad_abs", "normalizer", "score_gap")
     }
     for row in found:
         assert set(row) == critic | (student if every == 2 or row["step"] % 2 else set())
@@ -267,7 +274,9 @@ def test_rows_are_on_the_disk_before_their_checkpoint(tmp_path, monkeypatch):
 
 def test_summaries_have_the_same_keys(tmp_path):
     found = []
-    for i, (method, *overrides) in enumerate([("flow",), ("dmd",), ("dmd", "validation.teacher_reference=false")]):
+    for i, (method, *overrides) in enumerate(
+        [("flow",), ("dmd",), ("dmd", "validation.teacher_reference=false")]
+    ):
         run = train.train(make_config(tmp_path / str(i), method, "run.max_steps=1", *overrides))
         found.append(json.loads((run.folder / "summary.json").read_text()))
     for summary in found:

@@ -26,7 +26,11 @@ def warm(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", "from fastdmd.cli import main; main()", "warm", str(CONFIG), *arguments]
     return subprocess.run(
-        command, cwd=REPOSITORY, env=environment | {"TRITON_CACHE_DIR": str(cache)}, capture_output=True, text=True
+        command,
+        cwd=REPOSITORY,
+        env=environment | {"TRITON_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
     )
 
 
@@ -70,7 +74,9 @@ def test_what_cannot_be_compiled_for_is_one_clear_line(tmp_path, arguments, told
 
 
 def test_every_sparsity_of_the_warm_up_is_compiled():
-    config = configs.load(CONFIG, [*SPARSE, "vsa.warmup_every=100", "vsa.warmup_step=0.2", "run.max_steps=350"])
+    config = configs.load(
+        CONFIG, [*SPARSE, "vsa.warmup_every=100", "vsa.warmup_step=0.2", "run.max_steps=350"]
+    )
     assert {round(s, 6) for s in sparsities(config)} == {0.0, 0.2, 0.4, 0.5}
     assert config.vsa
     assert sparsities(replace(config, vsa=replace(config.vsa, warmup_every=0))) == {0.5}

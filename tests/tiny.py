@@ -215,7 +215,10 @@ def make_config(here: Path, method: str, *overrides: str) -> Config:
 
 def rows(run: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on the machine."""
-    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in read_metrics(run / "metrics.jsonl")]
+    return [
+        {k: v for k, v in row.items() if not k.startswith("perf/")}
+        for row in read_metrics(run / "metrics.jsonl")
+    ]
 
 
 def manifest(run: Path) -> dict[str, Any]:

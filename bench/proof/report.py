@@ -36,7 +36,9 @@ Line = dict[str, Any]
 def newest(results: Path) -> list[Line]:
     """Return the last line of each configuration, in the order of ORDER."""
     path = results / "proof.jsonl"
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    lines = (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    )
     last = {line["config"].removeprefix("tiny_"): line for line in lines}
     return [last[name] for name in ORDER if name in last]
 
@@ -74,7 +76,9 @@ def table(lines: list[Line]) -> str:
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 LEFT, RIGHT, TOP, ROW, KEY = 180, 700, 56, 30, 156
@@ -100,7 +104,9 @@ def picture(lines: list[Line]) -> str:
         parts.append(f'<text x="{LEFT - 68 + KEY * i}" y="24.5">{label}</text>')
     for mark in (0.0, 0.25, 0.5, 0.75, 1.0):
         parts.append(f'<path class="rule" d="M{x(mark)} {TOP - 14}V{bottom - 8}"/>')
-        parts.append(f'<text class="faint" text-anchor="middle" x="{x(mark)}" y="{bottom + 10}">{mark:.0%}</text>')
+        parts.append(
+            f'<text class="faint" text-anchor="middle" x="{x(mark)}" y="{bottom + 10}">{mark:.0%}</text>'
+        )
     for i, line in enumerate(lines):
         y, scores = TOP + ROW * i, {who: line["scores"][who]["oracle"] for who in WHO}
         name = escape(f"{line['config'].removeprefix('tiny_')}, {line['student_steps']} steps")

@@ -42,7 +42,9 @@ def chains(paths: Sequence[Path], seconds: dict[str, float]) -> list[list[Path]]
     found = {name: [path] for name, path in by_name.items() if name not in later}
     for name, first in later.items():
         found[first].append(by_name[name])
-    return sorted(found.values(), key=lambda chain: -sum(seconds.get(path.stem, float("inf")) for path in chain))
+    return sorted(
+        found.values(), key=lambda chain: -sum(seconds.get(path.stem, float("inf")) for path in chain)
+    )
 
 
 def prove(chain: Sequence[Path], threads: int, here: Line, results: Path) -> None:
@@ -91,7 +93,9 @@ def watch(running: Mapping[Future[None], Sequence[Path]], runs: Sequence[Line]) 
     with Progress("step", total, steps()) as progress:
         while wait(running, timeout=2).not_done:
             progress.show(steps(), f"{sum(not future.done() for future in running)} to go")
-    errors = {" -> ".join(path.stem for path in chain): future.exception() for future, chain in running.items()}
+    errors = {
+        " -> ".join(path.stem for path in chain): future.exception() for future, chain in running.items()
+    }
     return [f"{names}: {''.join(format_exception(error))}" for names, error in errors.items() if error]
 
 
@@ -99,7 +103,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.proof", description=__doc__.splitlines()[0])
     known = [REPOSITORY / "configs" / f"tiny_{name}.toml" for name in ORDER]
     parser.add_argument("configs", type=Path, nargs="*", default=known, help="default: configs/tiny_*.toml")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time; default: one a core")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="runs at a time; default: one a core"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of proof.jsonl and proof.svg")
     arguments = parser.parse_args()
     paths, results = arguments.configs, arguments.results

@@ -57,7 +57,10 @@ def _check_optim(config: Config) -> Problems:
             yield f"optim.{role}", f"method '{name}' trains the {role}; add the table [optim.{role}] with lr"
     for role in config.optim:
         if role not in trained:
-            yield f"optim.{role}", f"method '{name}' trains the {' and the '.join(trained)} only; remove the table"
+            yield (
+                f"optim.{role}",
+                f"method '{name}' trains the {' and the '.join(trained)} only; remove the table",
+            )
 
 
 def _check_weights(config: Config) -> Problems:
@@ -88,7 +91,10 @@ def _check_family(config: Config) -> Problems:
     """The tables of one family against the family."""
     if config.model.family == "wan2.1":
         if config.schedule is None:
-            yield "schedule", "missing; a flow model needs it: add the table [schedule] with flow_shift, e.g. 5.0"
+            yield (
+                "schedule",
+                "missing; a flow model needs it: add the table [schedule] with flow_shift, e.g. 5.0",
+            )
         if config.data.frames is None:
             yield "data.frames", "missing; Wan makes videos: write frames = 81"
         if config.method.guidance_embedding:
@@ -131,12 +137,18 @@ def _check_noise(config: Config) -> Problems:
     ours = noises.get("model.path")
     for key, noise in noises.items():
         if ours and noise != ours:
-            yield key, f"its scheduler/ has {noise}, and that of model.path {ours}; name an SDXL with the same noise"
+            yield (
+                key,
+                f"its scheduler/ has {noise}, and that of model.path {ours}; name an SDXL with the same noise",
+            )
 
 
 def _check_lora(config: Config) -> Problems:
     if config.student.train == "lora" and config.lora is None:
-        yield "lora", "missing; student.train = 'lora' needs it: add the table [lora] with rank, alpha and targets"
+        yield (
+            "lora",
+            "missing; student.train = 'lora' needs it: add the table [lora] with rank, alpha and targets",
+        )
     if config.lora is not None and config.student.train != "lora":
         yield "lora", "no role uses it; set student.train = 'lora' too, or remove the table"
 
@@ -155,16 +167,23 @@ def _check_data(config: Config) -> Problems:
         return
     if not builtin and config.model.scratch:
         key, _ = config.model.scratch
-        yield key, "random weights have no text encoder and VAE, which this data needs; give model.path instead"
+        yield (
+            key,
+            "random weights have no text encoder and VAE, which this data needs; give model.path instead",
+        )
         return
     parts = () if builtin or not path else config.family.frozen
     if absent := [part for part in parts if not (Path(path or "") / part).is_dir()]:
-        yield "model.path", f"{path!r} has no {', '.join(absent)}, which prompts need; name a whole diffusers folder"
+        yield (
+            "model.path",
+            f"{path!r} has no {', '.join(absent)}, which prompts need; name a whole diffusers folder",
+        )
     (C, *latent), what = data.latent_shape(), "'shapes'" if builtin else "the VAE"
     needed = {"in_channels": (C, what), "out_channels": (C, what)}
     if (widths := _text_widths(config)) and tuple(widths) != config.family.told:
         has, told = (
-            " and ".join(name.removesuffix("_dim") for name in names) for names in (widths, config.family.told)
+            " and ".join(name.removesuffix("_dim") for name in names)
+            for names in (widths, config.family.told)
         )
         yield (
             "data.sources",
@@ -176,7 +195,10 @@ def _check_data(config: Config) -> Problems:
         for name, (value, what) in needed.items():
             if (given := getattr(net, name)) != value:
                 where = f"{key}.{name}" if config.model.scratch else key
-                yield where, f"{name} is {given}, and {what} needs {value}; use a network with {name} = {value}"
+                yield (
+                    where,
+                    f"{name} is {given}, and {what} needs {value}; use a network with {name} = {value}",
+                )
         if len(latent) == len(net.grain):  # told by _check_family
             for name, n, grain in zip(config.family.latent_axes, latent, net.grain, strict=True):
                 if grain > 0 and n % grain:
@@ -214,7 +236,10 @@ def _check_attention(config: Config) -> Problems:
         if role not in roles:
             yield f"model.attention.{role}", f"method '{config.method.name}' has no {role}; remove the key"
         elif config.vsa is None:
-            yield f"model.attention.{role}", "'vsa' needs the table [vsa] with a sparsity, e.g. vsa.sparsity = 0.8"
+            yield (
+                f"model.attention.{role}",
+                "'vsa' needs the table [vsa] with a sparsity, e.g. vsa.sparsity = 0.8",
+            )
         elif config.role_options(role).causal:
             yield f"model.attention.{role}", "a causal rollout has no sparse attention; set it to 'dense'"
     if config.vsa is not None and not sparse:

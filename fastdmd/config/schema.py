@@ -54,7 +54,9 @@ class RunConfig:
                 yield key, f"{getattr(self, key)} is not positive; use 1 or more"
         if not 0 <= self.seed < 2**63:
             yield "seed", f"{self.seed} leaves [0, 2^63); e.g. 0"
-        if any(p.exists() and not p.is_dir() for p in (Path(self.output_dir), *Path(self.output_dir).parents)):
+        if any(
+            p.exists() and not p.is_dir() for p in (Path(self.output_dir), *Path(self.output_dir).parents)
+        ):
             yield "output_dir", f"{self.output_dir!r} is a file, or below one; name a folder"
         if self.device != "auto" and self.device not in present():
             yield "device", f"{self.device!r} is not on this machine; use {' or '.join(['auto', *present()])}"
@@ -166,7 +168,9 @@ class Config:
 
     def role_options(self, role: str) -> Options:
         """What a role's network has beside its weights."""
-        like = "student" if role in ("target", "semantic") else role  # its average, and the student of another run
+        like = (
+            "student" if role in ("target", "semantic") else role
+        )  # its average, and the student of another run
         sparse = self.vsa is not None and vars(self.model.attention).get(like) == "vsa"
         rolls = self.rollout is not None and self.rollout.mode == "causal"
         rolls = rolls or (isinstance(self.method, Flow.Config) and self.method.frames_per_block is not None)

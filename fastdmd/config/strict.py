@@ -62,7 +62,11 @@ def convert(cls: type, table: Mapping[str, Any], key: Key, source: Source) -> di
 
 def unknown(name: str, known: Iterable[str]) -> str:
     close = closest(name, known)
-    return f"unknown key; did you mean '{close}'?" if close else f"unknown key; known are {', '.join(known) or 'none'}"
+    return (
+        f"unknown key; did you mean '{close}'?"
+        if close
+        else f"unknown key; known are {', '.join(known) or 'none'}"
+    )
 
 
 def one_of(given: Any, known: Sequence[Any]) -> str:
@@ -109,7 +113,8 @@ def _tables(hint: Any, value: Any, key: Key, source: Source) -> Any:
     given = value if isinstance(value, Mapping) else {show(value): value}
     if plain := [n for n, v in given.items() if not isinstance(v, Mapping)]:
         source.error(
-            key, f"{', '.join(plain)} outside of [{dotted(key)}.NAME]; write it under [{dotted((*key, known[0]))}]"
+            key,
+            f"{', '.join(plain)} outside of [{dotted(key)}.NAME]; write it under [{dotted((*key, known[0]))}]",
         )
         return MISSING
     strange = [name for name in value if name not in known]
@@ -214,7 +219,11 @@ def dump(config: Any) -> str:
 
 
 def _dump_tables(config: Any, key: Key) -> Iterator[str]:
-    items = config.items() if isinstance(config, dict) else [(f.name, getattr(config, f.name)) for f in fields(config)]
+    items = (
+        config.items()
+        if isinstance(config, dict)
+        else [(f.name, getattr(config, f.name)) for f in fields(config)]
+    )
     plain = [(k, v) for k, v in items if not (is_dataclass(v) or isinstance(v, dict)) and v is not None]
     tables = [(k, v) for k, v in items if is_dataclass(v) or isinstance(v, dict)]
     if key and (plain or not tables):

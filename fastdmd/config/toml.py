@@ -113,7 +113,9 @@ def _syntax_error(text: str, e: tomllib.TOMLDecodeError) -> str:
     reason = re.sub(r" \(at .*\)", "", str(e))
     shown = statement.split("\n")[0].strip()
     remedy = (
-        "close the bracket" if shown.count("[") > shown.count("]") else "write key = value, with quotes around text"
+        "close the bracket"
+        if shown.count("[") > shown.count("]")
+        else "write key = value, with quotes around text"
     )
     return f"{line}: {shown}: not TOML ({reason}); {remedy}"
 

@@ -77,7 +77,9 @@ def _read(folder: str) -> Encoded:
         if key == "pooled" and not shape:
             continue
         if len(shape) != axes.count(",") + 1:
-            raise ValueError(f"{shards[0][0]}: {key} is {list(shape) or 'missing'}, and has to be {axes}; {REMEDY}")
+            raise ValueError(
+                f"{shards[0][0]}: {key} is {list(shape) or 'missing'}, and has to be {axes}; {REMEDY}"
+            )
         shapes[key] = shape[1:]
     for (shard, n), given in zip(shards, found, strict=True):
         _check(shard, given, {key: (n, *shape) for key, shape in shapes.items()})

@@ -22,7 +22,9 @@ from fastdmd.schedule import Coeffs, per_sample
 
 SPECKLE = 0.4
 MAX_SHAPE_ERROR, MAX_GROUND_ERROR, MIN_SHARE, MAX_BIAS = 0.5, 0.25, 0.75, 0.2  # what the oracle calls right
-IMAGE_DEVIATIONS = 4.5  # standard deviations, 1 / sqrt(pixels), that an image's speckle may be off: MAX_BIAS of images
+IMAGE_DEVIATIONS = (
+    4.5  # standard deviations, 1 / sqrt(pixels), that an image's speckle may be off: MAX_BIAS of images
+)
 BLOCK = 2  # pixels; shapes, places and motions are in blocks, a network's patch: then every token is all shape or none
 TEXT_TOKENS, TEXT_DIM = 8, 32
 COLOURS = {
@@ -79,7 +81,10 @@ def render(caption: Tensor, place: Tensor, bits: Tensor) -> Tensor:
     """Videos [B, 3, T, H, W] of captions int64 [B] at places int64 [B, 2], over speckle bits {0, 1} [B, T, H, W]."""
     _, T, H, W = bits.shape
     mask = torch.stack(
-        [m.roll((int(y), int(x)), (1, 2)) for m, (y, x) in zip(templates(T, H, W)[caption], place, strict=True)]
+        [
+            m.roll((int(y), int(x)), (1, 2))
+            for m, (y, x) in zip(templates(T, H, W)[caption], place, strict=True)
+        ]
     )[:, None]
     ground = SPECKLE * (2 * bits[:, None].float() - 1)
     return mask * palette(T)[caption][:, :, None, None, None] + (1 - mask) * ground
@@ -98,7 +103,9 @@ def embed(captions: list[str]) -> Tensor:
     for row, caption in zip(out, captions, strict=True):
         words = caption.split()
         if len(words) > TEXT_TOKENS:
-            raise ValueError(f"caption {caption!r} has {len(words)} words; the built-in world reads {TEXT_TOKENS}")
+            raise ValueError(
+                f"caption {caption!r} has {len(words)} words; the built-in world reads {TEXT_TOKENS}"
+            )
         for i, word in enumerate(words):
             row[i] = word_vector(word)
     return out
@@ -149,7 +156,9 @@ def read(x: Tensor) -> Reading:
         better = cost < best
         best = torch.where(better, cost, best)
         caption, place = torch.where(better, q, caption), torch.where(better, where, place)
-    shape = torch.stack([m.roll((int(p) // W, int(p) % W), (1, 2)) for m, p in zip(masks[caption], place, strict=True)])
+    shape = torch.stack(
+        [m.roll((int(p) // W, int(p) % W), (1, 2)) for m, p in zip(masks[caption], place, strict=True)]
+    )
     outside = 1 - shape
     inside = (video - colours[caption][:, :, None, None, None]).square().mean(1)
     grey = video.mean(1)
@@ -161,7 +170,8 @@ def read(x: Tensor) -> Reading:
     variance = centred.square().sum((1, 2, 3)) / n
     correlation = torch.stack(
         [
-            (centred * centred.roll(1, d)).sum((1, 2, 3)) / (outside * outside.roll(1, d)).sum((1, 2, 3)).clamp(min=1)
+            (centred * centred.roll(1, d)).sum((1, 2, 3))
+            / (outside * outside.roll(1, d)).sum((1, 2, 3)).clamp(min=1)
             for d in ((1, 2, 3) if T > 1 else (2, 3))
         ]
     )
@@ -221,4 +231,9 @@ def right(reading: Reading, caption: Tensor) -> Tensor:
 
 def pixels(x: Tensor) -> Tensor:
     """Videos [B, 3, T, H, W], or images [B, 3, H, W], as uint8 [B, T, H, W, 3] on the host; -1 .. 1 is 0 .. 255."""
-    return (as_video(x).float().cpu().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
+    return (
+        (as_video(x).float().cpu().clamp(-1, 1) * 127.5 + 127.5)
+        .round()
+        .to(torch.uint8)
+        .permute(0, 2, 3, 4, 1)
+    )

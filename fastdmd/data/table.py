@@ -60,9 +60,15 @@ class Config:
         yield from self._source_problems()
         builtin = self.kind == "shapes"
         if builtin and len(self.negative_prompt.split()) > shapes.TEXT_TOKENS:
-            yield "negative_prompt", f"{self.negative_prompt!r} is over {shapes.TEXT_TOKENS} words; the usual one is ''"
+            yield (
+                "negative_prompt",
+                f"{self.negative_prompt!r} is over {shapes.TEXT_TOKENS} words; the usual one is ''",
+            )
         if self.kind == "encoded" and self.negative_prompt:
-            yield "negative_prompt", "encoded folders have the empty prompt as guidance's other side; remove the key"
+            yield (
+                "negative_prompt",
+                "encoded folders have the empty prompt as guidance's other side; remove the key",
+            )
         if self.frames is not None:
             yield from self._frame_problems(self.frames)
         grain, least = (shapes.BLOCK, 4 * shapes.BLOCK) if builtin else (2 * SPATIAL, 2 * SPATIAL)

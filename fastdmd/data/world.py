@@ -130,7 +130,9 @@ class ModelWorld:
 class PromptWorld(ModelWorld):
     """Prompts from files, all encoded at the start; data-free."""
 
-    def __init__(self, config: Config, family: Family, path: str, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: Config, family: Family, path: str, device: torch.device, dtype: torch.dtype
+    ) -> None:
         super().__init__(config, family, path, device, dtype, read_prompts(config.sources))
         self.encoded = self.encoder([*self.prompts, config.negative_prompt])  # n + 1, on the host
 
@@ -146,9 +148,13 @@ class PromptWorld(ModelWorld):
 class EncodedWorld(ModelWorld):
     """Batches with latents. What is shown is encoded and decoded by the model's own text encoder and VAE."""
 
-    def __init__(self, config: Config, family: Family, path: str, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: Config, family: Family, path: str, device: torch.device, dtype: torch.dtype
+    ) -> None:
         folders = read_folders(config.sources, config.latent_shape())
-        super().__init__(config, family, path, device, dtype, [p for folder in folders for p in folder.prompts])
+        super().__init__(
+            config, family, path, device, dtype, [p for folder in folders for p in folder.prompts]
+        )
         self.shards = [shard for folder in folders for shard in folder.shards]
         self.samples = sum(n for _, n in self.shards)
         self.keys, self.uncond = list(folders[0].shapes), folders[0].uncond()
@@ -171,7 +177,9 @@ class EncodedWorld(ModelWorld):
         raise AssertionError("there are `samples` of them")
 
 
-def make_world(config: Config, family: Family, path: str | None, device: torch.device, dtype: torch.dtype) -> World:
+def make_world(
+    config: Config, family: Family, path: str | None, device: torch.device, dtype: torch.dtype
+) -> World:
     """`path`: the diffusers folder with text encoder and VAE; the built-in world needs none."""
     if config.kind == "shapes":
         return ImageShapesWorld(config, device) if config.frames is None else ShapesWorld(config, device)

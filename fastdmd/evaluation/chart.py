@@ -25,7 +25,8 @@ class Line(NamedTuple):
             return self.points
         centres = [*range(0, n - 1, max(1, n // 200)), n - 1]
         return [
-            (self.points[i][0], median(v for _, v in self.points[max(0, i - half) : i + half + 1])) for i in centres
+            (self.points[i][0], median(v for _, v in self.points[max(0, i - half) : i + half + 1]))
+            for i in centres
         ]
 
 

@@ -62,7 +62,9 @@ def few_grid(run: Run) -> Tensor:
     method, schedule = run.method, run.schedule
     if method.few_grid is not None:
         return method.few_grid
-    return schedule.solver_grid(run.config.validation.teacher_steps if method.times is None else len(method.times))
+    return schedule.solver_grid(
+        run.config.validation.teacher_steps if method.times is None else len(method.times)
+    )
 
 
 def sample(run: Run, who: str, prompts: Sequence[str], seed: int) -> Tensor:
@@ -71,7 +73,9 @@ def sample(run: Run, who: str, prompts: Sequence[str], seed: int) -> Tensor:
     if who not in known:
         raise ValueError(f"'{who}' is not one of {', '.join(known)}, the samplers of this run")
     with validation_weights(run):
-        return validate.generate(known[who], run.world, prompts, config.batch_size, seed, run.device, f"sampling {who}")
+        return validate.generate(
+            known[who], run.world, prompts, config.batch_size, seed, run.device, f"sampling {who}"
+        )
 
 
 def validation_sample(run: Run, who: str) -> tuple[Tensor, Scores]:

@@ -10,7 +10,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageSequence
 from fastdmd.evaluation.summary import read_run
 
 INK, FAINT, GAP, CAPTION = "#1d1f23", "#666b73", 12, 24  # of the montage, lengths in pixels
-CELL, LIMIT = 192, 384  # pixels: small pictures grow in whole steps up to CELL wide, large ones shrink to LIMIT
+CELL, LIMIT = (
+    192,
+    384,
+)  # pixels: small pictures grow in whole steps up to CELL wide, large ones shrink to LIMIT
 
 
 def fit(frame: Image.Image) -> Image.Image:
@@ -24,14 +27,26 @@ def fit(frame: Image.Image) -> Image.Image:
 def film(path: Path) -> list[tuple[Image.Image, int]]:
     """(frame, milliseconds) of a WebP, fitted. The encoder has joined equal frames; a still lasts 0."""
     with Image.open(path) as image:  # converting loads the frame, which sets its duration
-        return [(fit(frame.convert("RGB")), int(frame.info["duration"])) for frame in ImageSequence.Iterator(image)]
+        return [
+            (fit(frame.convert("RGB")), int(frame.info["duration"]))
+            for frame in ImageSequence.Iterator(image)
+        ]
 
 
 def save(path: Path | io.BytesIO, frames: Sequence[tuple[Image.Image, int]], lossless: bool) -> None:
     (first, _), *rest = frames
     times = [ms for _, ms in frames]
     images = [image for image, _ in rest]
-    first.save(path, "WEBP", save_all=True, append_images=images, duration=times, loop=0, lossless=lossless, quality=80)
+    first.save(
+        path,
+        "WEBP",
+        save_all=True,
+        append_images=images,
+        duration=times,
+        loop=0,
+        lossless=lossless,
+        quality=80,
+    )
 
 
 def comparison(folder: Path, prompts: Sequence[str], path: Path) -> None:
@@ -39,7 +54,9 @@ def comparison(folder: Path, prompts: Sequence[str], path: Path) -> None:
     models = [model for model in read_run(folder)[1] if len(model.videos) >= len(prompts)]
     films = [[film(model.videos[i]) for model in models] for i in range(len(prompts))]
     tick = min([ms for row in films for each in row for _, ms in each if ms] or [1000])
-    clips = [[[image for image, ms in each for _ in range(max(1, ms // tick))] for each in row] for row in films]
+    clips = [
+        [[image for image, ms in each for _ in range(max(1, ms // tick))] for each in row] for row in films
+    ]
     width, height = clips[0][0][0].size
     font, small = ImageFont.load_default(14), ImageFont.load_default(13)
     size = (len(models) * (width + GAP) + GAP, len(prompts) * (height + CAPTION + GAP) + CAPTION + GAP)

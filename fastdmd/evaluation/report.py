@@ -24,8 +24,16 @@ ORACLE, SWD = "share of videos with everything right", "distance to real videos"
 CHARTS: tuple[tuple[str, str, dict[str, tuple[str, str]]], ...] = (
     ("Oracle", ORACLE, {"valid/oracle": ("student", "student")}),
     ("Sliced Wasserstein", SWD, {"valid/swd": ("student", "student")}),
-    ("Loss", "as each phase minimises it", {f"train/loss_{role}": (role, role) for role in ("student", "critic")}),
-    ("Gradient norm", "before clipping", {f"train/grad_norm_{role}": (role, role) for role in ("student", "critic")}),
+    (
+        "Loss",
+        "as each phase minimises it",
+        {f"train/loss_{role}": (role, role) for role in ("student", "critic")},
+    ),
+    (
+        "Gradient norm",
+        "before clipping",
+        {f"train/grad_norm_{role}": (role, role) for role in ("student", "critic")},
+    ),
     (
         "Score gap",
         "mean |gradient| on the student's x0, mean |critic - teacher|",
@@ -51,7 +59,9 @@ def score_table(models: Sequence[Model]) -> str:
     rows = ""
     for model in models:
         first, *rest = model.cells
-        rows += f'<tr class="{model.style}"><th scope="row">{first}</th><td>{"</td><td>".join(rest)}</td></tr>'
+        rows += (
+            f'<tr class="{model.style}"><th scope="row">{first}</th><td>{"</td><td>".join(rest)}</td></tr>'
+        )
     note = f"<p>Oracle: {ORACLE}, higher is better. Sliced Wasserstein: {SWD}, lower is better.</p>"
     return f'<table class="scores"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{note}'
 
@@ -61,7 +71,9 @@ def charts(folder: Path, summary: dict[str, Any], models: Sequence[Model]) -> st
     *teachers, student = models
     rows = read_metrics(folder / "metrics.jsonl")
     if not any("valid/oracle" in row and row["step"] == summary["steps"] for row in rows):
-        rows.append({"step": summary["steps"], **{f"valid/{name}": value for name, value in student.scores.items()}})
+        rows.append(
+            {"step": summary["steps"], **{f"valid/{name}": value for name, value in student.scores.items()}}
+        )
     last, figures = max(1, *(row["step"] for row in rows)), ""
     for title, note, metrics in CHARTS:
         levels, lines = {}, []

@@ -27,7 +27,11 @@ class Model(NamedTuple):
     @property
     def cells(self) -> list[str]:
         scores = ((self.scores["oracle"], ".3f"), (self.scores["swd"], ".4f"))
-        return [self.name, str(self.steps), *("-" if value is None else f"{value:{form}}" for value, form in scores)]
+        return [
+            self.name,
+            str(self.steps),
+            *("-" if value is None else f"{value:{form}}" for value, form in scores),
+        ]
 
 
 def finite(value: float | None) -> bool:
@@ -41,7 +45,13 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[Model]]:
     many = config["validation"]["teacher_steps"]
     few = summary["student_steps"]
     models = []
-    for who, style, steps in (("teacher_50", "many", many), ("teacher_few", "few", few), ("student", "student", few)):
+    for who, style, steps in (
+        ("teacher_50", "many", many),
+        ("teacher_few", "few", few),
+        ("student", "student", few),
+    ):
         videos = sorted((folder / "samples" / who).glob("*.webp"), key=lambda path: int(path.stem))
         models.append(Model(who, style, steps, summary["scores"][who], videos))
-    return summary, [m for m in models if m.who == "student" or m.videos or any(map(finite, m.scores.values()))]
+    return summary, [
+        m for m in models if m.who == "student" or m.videos or any(map(finite, m.scores.values()))
+    ]

@@ -56,7 +56,13 @@ def prompts_for(config: Config, world: World) -> list[str]:
 
 @torch.no_grad()
 def generate(
-    sample: Sampler, world: World, prompts: Sequence[str], batch_size: int, seed: int, device: torch.device, what: str
+    sample: Sampler,
+    world: World,
+    prompts: Sequence[str],
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    what: str,
 ) -> Tensor:
     """Latents [n, C, T, H, W] for prompts; sample i's noise depends on (seed, i) only, whatever the batch size."""
     done, progress = [], Progress(what, len(prompts))
@@ -74,7 +80,8 @@ def save_webp(path: Path, pixels: Tensor, scale: int = 1, fps: int = 4) -> None:
     frames = [Image.fromarray(frame.numpy()) for frame in pixels]
     if scale > 1:
         frames = [
-            frame.resize((frame.width * scale, frame.height * scale), Image.Resampling.NEAREST) for frame in frames
+            frame.resize((frame.width * scale, frame.height * scale), Image.Resampling.NEAREST)
+            for frame in frames
         ]
     path.parent.mkdir(parents=True, exist_ok=True)
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 // fps, loop=0, lossless=True)

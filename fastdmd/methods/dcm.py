@@ -35,7 +35,9 @@ class Config:
     expert: Literal["semantic", "detail"]  # detail: the student starts from the semantic one
     guidance: float  # of the teacher's steps, uncond + w (cond - uncond); DCM uses w = 6
     target: Target  # whose jump is learned: the student's average, or the student without gradient
-    temporal_weight: float  # of the square error of frame differences; DCM: 1 for the semantic expert, 0 for the detail
+    temporal_weight: (
+        float  # of the square error of frame differences; DCM: 1 for the semantic expert, 0 for the detail
+    )
     temporal_lag: int = 3  # latent frames between the two of a difference
     solver_steps: int = 50  # N
     boundary_index: int = 35  # the first point of the semantic expert
@@ -43,10 +45,14 @@ class Config:
     huber_c: float = 1e-3
     semantic_timesteps: tuple[float, ...] = (1000.0, 992.0, 982.0)  # of sampling, 1000 sigma
     detail_timesteps: tuple[float, ...] = (949.0, 905.0, 810.0)
-    adversarial_weight: float = 0.1  # of hinge and features together; 0: the detail expert has no discriminator
+    adversarial_weight: float = (
+        0.1  # of hinge and features together; 0: the detail expert has no discriminator
+    )
     hinge_weight: float = 5.0
     feature_weight: float = 10.0
-    disc_layers: tuple[int, ...] | None = None  # blocks of the teacher, from 0; absent: every second one, 0 first
+    disc_layers: tuple[int, ...] | None = (
+        None  # blocks of the teacher, from 0; absent: every second one, 0 first
+    )
 
     @property
     def points(self) -> range:
@@ -82,9 +88,15 @@ class Config:
         if not 2 <= N < 1000:
             yield "solver_steps", f"{N} leaves [2, 999]; DCM uses 50"
         elif not 0 < boundary < N:
-            yield "boundary_index", f"{boundary} is not between 0 and solver_steps = {N}; DCM uses 70 %, {7 * N // 10}"
+            yield (
+                "boundary_index",
+                f"{boundary} is not between 0 and solver_steps = {N}; DCM uses 70 %, {7 * N // 10}",
+            )
         elif 1 < self.phases < (least := N // len(self.points) + 1):
-            yield "phases", f"{self.phases} of the whole grid leave the {self.expert} expert one; use 1, or {least} on"
+            yield (
+                "phases",
+                f"{self.phases} of the whole grid leave the {self.expert} expert one; use 1, or {least} on",
+            )
         for key in ("semantic_timesteps", "detail_timesteps"):
             steps = list(getattr(self, key))
             if not steps or not all(0 < t <= 1000 for t in steps):
@@ -135,11 +147,15 @@ class DCM(Method):
             raise ValueError("method.name: 'dcm' is for flow models such as Wan; use another")
         self.config, self.schedule, self.guidance = config, schedule, config.guidance
         self.sigmas = solver_sigmas(config.solver_steps, schedule.flow_shift)
-        early, late = (student_times(t, False, 1.0) for t in (config.semantic_timesteps, config.detail_timesteps))
+        early, late = (
+            student_times(t, False, 1.0) for t in (config.semantic_timesteps, config.detail_timesteps)
+        )
         boundary = 1000 * float(self.sigmas[config.boundary_index])
         place = f"the boundary, {boundary:.6g} at this flow_shift and boundary_index"
         if 1000 * early[-1] <= boundary:
-            raise ValueError(f"method.semantic_timesteps: {1000 * early[-1]:.6g} is not above {place}; raise it")
+            raise ValueError(
+                f"method.semantic_timesteps: {1000 * early[-1]:.6g} is not above {place}; raise it"
+            )
         if config.expert == "semantic":  # alone: the teacher goes on from the boundary
             rest = schedule.solver_grid(config.solver_steps)[-config.boundary_index - 1 :]
             self.times, self.grid = early, torch.cat([early, rest])
@@ -219,7 +235,9 @@ class DCM(Method):
             wanted = jump(x_prev, target.raw(x_prev, draws.c_prev, batch.cond), draws.prev_to_end)
         return made, wanted
 
-    def fooling(self, nets: Nets, pair: Pair, batch: Batch, further: Further, carry: Carry) -> tuple[Tensor, Tensor]:
+    def fooling(
+        self, nets: Nets, pair: Pair, batch: Batch, further: Further, carry: Carry
+    ) -> tuple[Tensor, Tensor]:
         """Return (hinge, feature matching) of the pair noised to sigma_prev_j, with one noise for both."""
         fake, real = (further.noised(z) for z in pair)
         # not the hidden states: those of a large model are gigabytes
@@ -274,6 +292,8 @@ def jump(x: Tensor, v: Tensor, length: Tensor) -> Tensor:
 def temporal(a: Tensor, b: Tensor, lag: int) -> Tensor:
     """Mean square error of the differences of frames `lag` apart."""
     if (frames := a.shape[2]) <= lag:
-        raise ValueError(f"method.temporal_lag: {lag} is not under the {frames} latent frames; use less, or weight 0")
+        raise ValueError(
+            f"method.temporal_lag: {lag} is not under the {frames} latent frames; use less, or weight 0"
+        )
     error = a - b
     return (error[:, :, lag:] - error[:, :, :-lag]).square().mean()

@@ -73,7 +73,10 @@ class DMD(ScoreDistillation):
         loss, metrics = dmd_loss(x0_g, z, F_fake, F_c, F_u, c.a, c.b, self.config.guidance, self.mask(x0_g))
         if draws.gan is not None:
             fooled = gan.softplus_g(self.fake_logits(nets, self.last_frames(x0_g), batch, draws.gan))
-            loss, metrics = loss + self.config.gan_weight * fooled, {**metrics, "gan_student": fooled.detach()}
+            loss, metrics = (
+                loss + self.config.gan_weight * fooled,
+                {**metrics, "gan_student": fooled.detach()},
+            )
         return loss, metrics
 
     def fake_logits(self, nets: Nets, x0_g: Tensor, batch: Batch, level: Level) -> list[Tensor]:

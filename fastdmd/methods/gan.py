@@ -59,7 +59,9 @@ def make_heads(denoiser: Denoiser, layers: Sequence[int], key: str) -> Heads:
     """For the maps after the blocks `layers`; ValueError, with the key that they come from, when one is not there."""
     widths = denoiser.net.widths
     if absent := [i for i in layers if not 0 <= i < len(widths)]:
-        raise ValueError(f"{key}: no block {', '.join(map(str, absent))} in the network; use 0 to {len(widths) - 1}")
+        raise ValueError(
+            f"{key}: no block {', '.join(map(str, absent))} in the network; use 0 to {len(widths) - 1}"
+        )
     return Heads(widths[i] for i in layers)
 
 

@@ -17,7 +17,15 @@ from fastdmd.methods.consistency import Distance, Target, errors, last_share, ta
 from fastdmd.methods.method import Carry, How, Level, Loss, Method, Nets
 from fastdmd.rng import Rng
 from fastdmd.sampler import ode_step, renoise_along
-from fastdmd.schedule import Coeffs, FlowSchedule, Schedule, per_sample, send, student_times, timestep_problems
+from fastdmd.schedule import (
+    Coeffs,
+    FlowSchedule,
+    Schedule,
+    per_sample,
+    send,
+    student_times,
+    timestep_problems,
+)
 
 SIGMA_DATA = 0.5
 
@@ -30,7 +38,9 @@ class Config:
     name: Literal["lcm"]
     denoising_timesteps: tuple[float, ...]  # the student's steps, 1000 t; index n of SDXL is n + 1
     guidance_range: tuple[float, float]  # of the teacher's steps, uncond + w (cond - uncond)
-    guidance: float  # w of the student's samples, where it is told, and of the teacher that it is compared with
+    guidance: (
+        float  # w of the student's samples, where it is told, and of the teacher that it is compared with
+    )
     target: Target = "ema"  # "student": the same network, as LCM-LoRA has it; it drifts
     guidance_embedding: bool = False  # the student is told w
     solver_steps: int = 50  # of the teacher's grid

@@ -61,7 +61,9 @@ class Method(ABC):
 
     times: Any  # Tensor float64 [n], the student's own times, descending; None: it has no few-step sampler
     guidance: float  # of the teacher that the student is made after; 1 is off
-    few_grid: Tensor | None = None  # float64 [steps + 1], of a teacher at the student's steps; None: solver_grid(n)
+    few_grid: Tensor | None = (
+        None  # float64 [steps + 1], of a teacher at the student's steps; None: solver_grid(n)
+    )
     frames_per_block: int | None = None  # of a many-step causal model, which has no times
     renoises: bool = True  # between its times, as diffusers' LCM scheduler does; else it takes Euler steps
 

@@ -31,7 +31,10 @@ class CriticConfig:
             if value < 1:
                 yield key, f"{value} is not positive; DMD2 uses 5 and 1"
         if G >= 1 and R >= 1 and G % R:
-            yield "updates_per_rollout", f"{R} does not divide updates_per_generator = {G}; use one of {_divisors(G)}"
+            yield (
+                "updates_per_rollout",
+                f"{R} does not divide updates_per_generator = {G}; use one of {_divisors(G)}",
+            )
 
 
 def _divisors(n: int) -> list[int]:
@@ -95,7 +98,9 @@ class ScoreDistillation(Method):
 
     judges = False  # whether a discriminator judges in both phases
 
-    def __init__(self, config: Any, schedule: Schedule, *, rollout: rollouts.Config, critic: CriticConfig) -> None:
+    def __init__(
+        self, config: Any, schedule: Schedule, *, rollout: rollouts.Config, critic: CriticConfig
+    ) -> None:
         self.config, self.schedule, self.rollout_config = config, schedule, rollout
         self.guidance = config.guidance
         self.times = student_times(config.denoising_timesteps, config.warp_timesteps, schedule.flow_shift)
@@ -111,7 +116,9 @@ class ScoreDistillation(Method):
     def sample(self, nets: Nets, noise: Tensor, cond: Cond, uncond: Cond, rng: Rng) -> Tensor:
         student, how = nets["student"], self.rollout_config
         if how.mode == "causal":
-            return sample_blocks(student, noise, self.times, how.blocks(noise.shape[2]), how.context_noise, cond, rng)
+            return sample_blocks(
+                student, noise, self.times, how.blocks(noise.shape[2]), how.context_noise, cond, rng
+            )
         return renoise(student, self.schedule, noise, self.times, cond, rng)
 
     def draw(self, phase: str, rng: Rng, shape: tuple[int, ...], carry: Carry) -> Draws:
@@ -145,7 +152,9 @@ class ScoreDistillation(Method):
         cut = self.config.score_window
         low = window.next_t if cut in ("lower", "both") else 0.0
         high = window.exit_t if cut in ("upper", "both") else 1.0
-        u_low, u_high = (unshift(torch.tensor(edge, dtype=torch.float64), self.score_shift) for edge in (low, high))
+        u_low, u_high = (
+            unshift(torch.tensor(edge, dtype=torch.float64), self.score_shift) for edge in (low, high)
+        )
         s = shift(u_low + (u_high - u_low) * rng.uniform(), self.score_shift)
         return s.clamp(*self.config.score_timestep_range)
 

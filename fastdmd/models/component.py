@@ -28,7 +28,9 @@ def read_config(folder: Path, name: str, class_name: str, model: str) -> dict[st
     """`folder/name/config.json`; ValueError when it is of another class."""
     raw = read_json(folder / name / "config.json")
     if (given := raw.get("_class_name")) != class_name:
-        raise ValueError(f"{folder}: {name} is a {given}, not a {class_name}; name a diffusers folder of {model}")
+        raise ValueError(
+            f"{folder}: {name} is a {given}, not a {class_name}; name a diffusers folder of {model}"
+        )
     return raw
 
 

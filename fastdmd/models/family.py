@@ -38,7 +38,9 @@ class Family:
     component: str  # the network's folder in a diffusers folder
     frozen: tuple[str, ...]  # the folders that prompts need beside it
     encoder: Callable[[str, torch.device, torch.dtype], Encoder]  # of a folder's prompts
-    decode: Callable[[str, Tensor, torch.device, torch.dtype], Tensor]  # latents to uint8 [B, T, H, W, 3] on the host
+    decode: Callable[
+        [str, Tensor, torch.device, torch.dtype], Tensor
+    ]  # latents to uint8 [B, T, H, W, 3] on the host
     told: tuple[str, ...]  # of an architecture, the widths of prompts' embeddings: of Cond.text, Cond.pooled
     latent_axes: tuple[str, ...]  # of latents [B, C, ..], by the data's keys
     read_config: Callable[[Path], Any]

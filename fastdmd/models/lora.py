@@ -46,7 +46,9 @@ def add_lora(module: nn.Module, rank: int, alpha: float, targets: Sequence[str])
     kinds = nn.Linear | nn.Conv2d | nn.Conv3d
     names = [name for name, layer in module.named_modules() if isinstance(layer, kinds)]
     if absent := [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in names)]:
-        raise ValueError(f"lora.targets: no layer is called {', '.join(absent)}; the last is called {names[-1]}")
+        raise ValueError(
+            f"lora.targets: no layer is called {', '.join(absent)}; the last is called {names[-1]}"
+        )
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))  # type: ignore[arg-type]
     inject_adapter_in_model(config, module, ADAPTER)
 
@@ -110,6 +112,8 @@ def export_lora(path: Path, weights: Mapping[str, Tensor], rank: int, alpha: flo
     tensors = {}
     for name, value in weights.items():
         scale = alpha / rank if ".lora_B." in name else 1.0
-        tensors[prefix + name.replace(f".{ADAPTER}.weight", ".weight")] = (scale * value.detach()).cpu().contiguous()
+        tensors[prefix + name.replace(f".{ADAPTER}.weight", ".weight")] = (
+            (scale * value.detach()).cpu().contiguous()
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path, {"format": "pt"})

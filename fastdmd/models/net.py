@@ -66,7 +66,9 @@ class Net(nn.Module, ABC):
     """A role's network. `forward` is the only way in, as FSDP2 hooks no other."""
 
     config: Any  # its Architecture
-    float32: tuple[str, ...] = ()  # parts of the names of parameters that stay float32 whatever the compute dtype
+    float32: tuple[
+        str, ...
+    ] = ()  # parts of the names of parameters that stay float32 whatever the compute dtype
     checkpointing = False  # whether the blocks are recomputed in the backward
     blocks: Sequence[nn.Module] | nn.ModuleList  # in the order of the walk
     widths: tuple[int, ...]  # channels after each block

@@ -55,7 +55,8 @@ def compile_spec(spec: Spec, target: str) -> tuple[bytes, Record]:
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if name not in spec.unaligned and (spec.signature[name][0] == "*" or spec.signature[name] in ("i32", "i64"))
+        if name not in spec.unaligned
+        and (spec.signature[name][0] == "*" or spec.signature[name] in ("i32", "i64"))
     }
     source = ASTSource(
         spec.kernel,
@@ -72,7 +73,9 @@ def compile_spec(spec: Spec, target: str) -> tuple[bytes, Record]:
             compiled = triton.compile(source, target=gpu, options=dict(spec.options))
         if gpu.backend == "cuda":
             binary = compiled.asm["cubin"]
-            resources = aot_resources.nvidia(compiled.asm["ptx"], _disassemble(binary), log.getvalue(), binary)
+            resources = aot_resources.nvidia(
+                compiled.asm["ptx"], _disassemble(binary), log.getvalue(), binary
+            )
         else:
             binary = compiled.asm["hsaco"]
             resources = aot_resources.amd(compiled.asm["amdgcn"], binary)
@@ -146,7 +149,9 @@ def _progress(results: Iterator[tuple[Job, Record]], total: int) -> Iterator[tup
     start = shown = time.monotonic()
     for done, (job, record) in enumerate(results, 1):
         if (now := time.monotonic()) - shown > 2 or done == total:
-            print(f"{done:4d}/{total} {now - start:4.0f} s  {job[0]} {key(record)}", file=sys.stderr, flush=True)
+            print(
+                f"{done:4d}/{total} {now - start:4.0f} s  {job[0]} {key(record)}", file=sys.stderr, flush=True
+            )
             shown = now
         yield job, record
 
@@ -156,7 +161,9 @@ def read(targets: list[str], out: Path) -> dict[str, list[Record]]:
     missing = [target for target in targets if not (out / target / "manifest.json").is_file()]
     if missing:
         raise SystemExit(f"no manifest of {', '.join(missing)} in {out}; compile first, without --check")
-    return {target: json.loads((out / target / "manifest.json").read_text(encoding="utf-8")) for target in targets}
+    return {
+        target: json.loads((out / target / "manifest.json").read_text(encoding="utf-8")) for target in targets
+    }
 
 
 def table(manifests: dict[str, list[Record]]) -> str:
@@ -164,7 +171,9 @@ def table(manifests: dict[str, list[Record]]) -> str:
     cells: dict[str, dict[str, str]] = {}
     for target, manifest in manifests.items():
         for r in manifest:
-            cell = "failed" if r["error"] else f"{r['registers']}/{r['spills']}/{r['shared_bytes'] / 1024:.0f}"
+            cell = (
+                "failed" if r["error"] else f"{r['registers']}/{r['spills']}/{r['shared_bytes'] / 1024:.0f}"
+            )
             cells.setdefault(key(r), {})[target] = cell
     width = max(map(len, cells), default=0)
     rows = [" " * width + "".join(f"{target:>11}" for target in manifests)]
@@ -206,7 +215,9 @@ def main() -> int:
     parser.add_argument("--ops", nargs="+", metavar="OP", help="only these")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--check", action="store_true", help="compile nothing, check what is there")
-    parser.add_argument("--update-baseline", action="store_true", help=f"compile, then rewrite {BASELINE.name}")
+    parser.add_argument(
+        "--update-baseline", action="store_true", help=f"compile, then rewrite {BASELINE.name}"
+    )
     args = parser.parse_args()
     if knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: nothing would be compiled")

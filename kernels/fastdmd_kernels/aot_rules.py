@@ -55,7 +55,9 @@ def worse(record: Record, before: Mapping[str, int]) -> Iterator[str]:
             yield f"{name} {then} -> {now}"
 
 
-def problems(target: str, manifest: list[Record], baseline: Mapping[str, Mapping[str, int]] | None) -> Iterator[str]:
+def problems(
+    target: str, manifest: list[Record], baseline: Mapping[str, Mapping[str, int]] | None
+) -> Iterator[str]:
     """Yield one line per fault.
 
     `baseline` is this target's under the manifest's triton, None where there is none.

@@ -44,7 +44,9 @@ def _sdpa(backend: SDPBackend) -> Implementation:
 
 
 def _sdpa_default(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return nnf.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+    return nnf.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    ).transpose(1, 2)
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -87,7 +89,9 @@ class Choice:
     def __str__(self) -> str:
         if not self.seconds:
             return f"{self.name} (pinned)"
-        times = [f"{name} {1e3 * s:.2f} ms" for name, s in sorted(self.seconds.items(), key=lambda item: item[1])]
+        times = [
+            f"{name} {1e3 * s:.2f} ms" for name, s in sorted(self.seconds.items(), key=lambda item: item[1])
+        ]
         return "; ".join([self.name, *times, *(f"no {name}: {why}" for name, why in self.refused.items())])
 
 
@@ -173,7 +177,9 @@ def _name(device: torch.device, dtype: torch.dtype, K: int) -> str:
         return "sdpa"
     if (device, dtype, K) not in _choices:
         if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("call fastdmd_kernels.attention.prepare(device, dtype, K) before compiling or capturing")
+            raise RuntimeError(
+                "call fastdmd_kernels.attention.prepare(device, dtype, K) before compiling or capturing"
+            )
         prepare(device, dtype, K)
     return _choices[device, dtype, K].name
 
@@ -185,7 +191,13 @@ def _known(name: str) -> None:
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
-    if q.ndim != 4 or k.ndim != 4 or v.shape != k.shape or k.shape[0] != q.shape[0] or k.shape[2:] != q.shape[2:]:
+    if (
+        q.ndim != 4
+        or k.ndim != 4
+        or v.shape != k.shape
+        or k.shape[0] != q.shape[0]
+        or k.shape[2:] != q.shape[2:]
+    ):
         raise ValueError(f"{shapes}: needed are q [B, Lq, N, K], k and v [B, Lk, N, K]")
     if q.numel() == 0 or k.numel() == 0:
         raise ValueError(f"{shapes}: nothing to attend to")
@@ -226,7 +238,9 @@ def _random(sizes: tuple[int, int, int, int], device: torch.device, dtype: torch
     """Draw inputs from a generator of their own: a run draws the same numbers with and without a probe."""
     B, Lq, Lk, N = sizes
     generator = torch.Generator(device).manual_seed(0)
-    q, k, v, dout = (torch.randn(B, L, N, K, device=device, dtype=dtype, generator=generator) for L in (Lq, Lk, Lk, Lq))
+    q, k, v, dout = (
+        torch.randn(B, L, N, K, device=device, dtype=dtype, generator=generator) for L in (Lq, Lk, Lk, Lq)
+    )
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout
 
 
@@ -246,11 +260,15 @@ def _check_values(run: Implementation, device: torch.device, dtype: torch.dtype,
     given = _random(SAMPLE, device, dtype, K)
     q, k, v, dout = (x.detach().double() for x in given)
     exact = _values(_plain, q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout)
-    results = zip(("out", "dq", "dk", "dv"), exact, _values(_plain, *given), _values(run, *given), strict=True)
+    results = zip(
+        ("out", "dq", "dk", "dv"), exact, _values(_plain, *given), _values(run, *given), strict=True
+    )
     for name, true, plain, ours in results:
         error, limit = _error(ours, true), 4 * _error(plain, true) + 1e-12
         if not error <= limit:
-            raise RuntimeError(f"wrong {name}: relative error {error:.1e}, of the plain composition {limit / 4:.1e}")
+            raise RuntimeError(
+                f"wrong {name}: relative error {error:.1e}, of the plain composition {limit / 4:.1e}"
+            )
 
 
 def _error(x: Tensor, exact: Tensor) -> float:

@@ -44,7 +44,9 @@ def _decide(device_type: str) -> tuple[Backend, str]:
         elif device_type in ("cpu", "mps", "meta"):
             _decided[device_type] = "torch", device_type
         else:
-            raise ValueError(f"no backend for device {device_type!r}: cuda (CUDA, ROCm), cpu and mps have one")
+            raise ValueError(
+                f"no backend for device {device_type!r}: cuda (CUDA, ROCm), cpu and mps have one"
+            )
     return _decided[device_type]
 
 

@@ -132,4 +132,6 @@ class Tiles:
 
     def _check_length(self, x: Tensor, dim: int) -> None:
         if x.shape[dim] != self.L:
-            raise ValueError(f"dimension {dim} of {list(x.shape)} is not the {self.L} tokens of grid {self.grid}")
+            raise ValueError(
+                f"dimension {dim} of {list(x.shape)} is not the {self.L} tokens of grid {self.grid}"
+            )

@@ -167,7 +167,9 @@ def test_flops_of_dense_attention_are_those_counted():
         assert (BACKWARD - 0.5) * dense_flops(shape) == counted(lambda: out.sum().backward())
 
 
-@pytest.mark.parametrize(("loss", "gradients", "passes"), [(dmd_loss, 1, 6), (sid_loss, 5, 10)], ids=["dmd", "sid"])
+@pytest.mark.parametrize(
+    ("loss", "gradients", "passes"), [(dmd_loss, 1, 6), (sid_loss, 5, 10)], ids=["dmd", "sid"]
+)
 def test_bytes_of_a_loss_are_its_inputs_and_gradients(loss, gradients, passes):
     given = [torch.randn(2, 3, 4).requires_grad_() for _ in range(5)]
     loss(*given, 1.0, -0.5, 4.0, *([1.0] if loss is sid_loss else []))[0].backward()

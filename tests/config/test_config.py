@@ -204,7 +204,11 @@ def test_files_that_are_none():
 
 
 def test_all_faults_are_told_at_once_in_the_order_of_the_file():
-    text = DMD.replace("lr = 1e-5", "lrr = 1e-5").replace('"dmd"', '"dmb"').replace("batch_size = 2", "batch_size = 0")
+    text = (
+        DMD.replace("lr = 1e-5", "lrr = 1e-5")
+        .replace('"dmd"', '"dmb"')
+        .replace("batch_size = 2", "batch_size = 0")
+    )
     text += "\n[rollout]\nmode = 'causal'\ncontext_noise = 20\nframes_per_block = 3\n"
     assert told(text.replace("frames = 81", "frames = 121"), "run.seed='a'") == [
         "command line: run.seed: 'a' is not a whole number; e.g. seed = 0",
@@ -257,7 +261,9 @@ name = 'flow'
 
 def test_overrides_win_and_are_toml():
     Path("run.toml").write_text(DMD)
-    config = configs.load("run.toml", ["run.seed=3", "run.seed=4", "optim.critic.betas=[0, 0.9]", "ema.decay = 0.5"])
+    config = configs.load(
+        "run.toml", ["run.seed=3", "run.seed=4", "optim.critic.betas=[0, 0.9]", "ema.decay = 0.5"]
+    )
     assert config.run.seed == 4
     assert config.optim["critic"].betas == (0.0, 0.9)
     assert config.ema is not None

@@ -29,10 +29,20 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").glob("*.toml"))
 WANS = {
     "Wan2.1-T2V-1.3B-Diffusers": WanConfig(
-        num_attention_heads=12, attention_head_dim=128, num_layers=30, ffn_dim=8960, freq_dim=256, text_dim=4096
+        num_attention_heads=12,
+        attention_head_dim=128,
+        num_layers=30,
+        ffn_dim=8960,
+        freq_dim=256,
+        text_dim=4096,
     ),
     "Wan2.1-T2V-14B-Diffusers": WanConfig(
-        num_attention_heads=40, attention_head_dim=128, num_layers=40, ffn_dim=13824, freq_dim=256, text_dim=4096
+        num_attention_heads=40,
+        attention_head_dim=128,
+        num_layers=40,
+        ffn_dim=13824,
+        freq_dim=256,
+        text_dim=4096,
     ),
 }
 CAUSAL = "Wan2.1-T2V-1.3B-causal"  # what self-forcing starts from
@@ -126,7 +136,11 @@ def place(tmp_path_factory):
     text = torch.zeros(1, 512, 4096, dtype=torch.bfloat16)
     x0 = torch.zeros(1, 16, 21, 60, 104, dtype=torch.bfloat16)
     write_encoded(path / "data" / "wan_480p", {"x0": x0, "text": text}, text)
-    image = {"x0": torch.zeros(1, 4, 128, 128), "text": torch.zeros(1, 77, 2048), "pooled": torch.zeros(1, 1280)}
+    image = {
+        "x0": torch.zeros(1, 4, 128, 128),
+        "text": torch.zeros(1, 77, 2048),
+        "pooled": torch.zeros(1, 1280),
+    }
     write_encoded(path / "data" / "sdxl_1024", image, None)
     (path / "data" / "prompts.txt").write_text("a cat\na dog\n")
     for file in FILES:  # what one run wants another to have exported

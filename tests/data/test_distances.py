@@ -31,7 +31,9 @@ def test_sliced_wasserstein_grows_with_a_shift():
 
 def test_sliced_wasserstein_of_a_scale_is_exact():
     """Projections on unit filters of white noise are standard normal: W1(N(0, 1), N(0, c^2)) = |c - 1| sqrt(2 / pi)."""
-    assert sliced_wasserstein(videos(0), 1.5 * videos(0)) == pytest.approx(0.5 * (2 / torch.pi) ** 0.5, rel=0.03)
+    assert sliced_wasserstein(videos(0), 1.5 * videos(0)) == pytest.approx(
+        0.5 * (2 / torch.pi) ** 0.5, rel=0.03
+    )
 
 
 def test_sliced_wasserstein_sees_another_texture():

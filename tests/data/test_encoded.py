@@ -29,12 +29,16 @@ CPU = torch.device("cpu")
 VIDEO, IMAGE = (16, 2, 4, 6), (4, 4, 6)
 FAMILY = replace(  # an encoder of prompts' lengths, in place of a folder's
     FAMILIES["wan2.1"],
-    encoder=lambda path, device, dtype: lambda prompts: Cond(torch.tensor([len(p) for p in prompts]).view(-1, 1, 1)),
+    encoder=lambda path, device, dtype: (
+        lambda prompts: Cond(torch.tensor([len(p) for p in prompts]).view(-1, 1, 1))
+    ),
     decode=lambda path, x0, device, dtype: (path, len(x0)),
 )
 
 
-def numbered(count: int, start: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def numbered(
+    count: int, start: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     """x0 and text of sample i are full of i."""
     i = torch.arange(start, start + count, dtype=dtype)
     x0 = i.view(-1, *[1] * len(shape)).expand(-1, *shape)
@@ -117,7 +121,9 @@ def test_images_have_pooled_text_and_sizes_and_zeros_on_the_other_side(tmp_path)
 
 
 def test_latents_of_half_the_bits_are_widened(tmp_path):
-    write_encoded(tmp_path / "a", numbered(2, 0, VIDEO, torch.bfloat16), torch.zeros(1, 3, 5, dtype=torch.bfloat16))
+    write_encoded(
+        tmp_path / "a", numbered(2, 0, VIDEO, torch.bfloat16), torch.zeros(1, 3, 5, dtype=torch.bfloat16)
+    )
     batch = world((str(tmp_path / "a"),)).batch(Rng(0, 0, "data", range(4), "cpu"))
     assert batch.x0 is not None
     assert (batch.x0.dtype, batch.cond.text.dtype) == (torch.float32, torch.bfloat16)
@@ -159,10 +165,19 @@ def manifest(path, **values):
 
 
 FAULTS = {  # what is done to a folder, and what is told
-    "no list of files": (lambda path: manifest(path, files={}), r"a/manifest.json has no files; encode the folder"),
-    "no prompts": (lambda path: manifest(path, prompts=[]), r"a/manifest.json has no prompts; encode the folder"),
+    "no list of files": (
+        lambda path: manifest(path, files={}),
+        r"a/manifest.json has no files; encode the folder",
+    ),
+    "no prompts": (
+        lambda path: manifest(path, prompts=[]),
+        r"a/manifest.json has no prompts; encode the folder",
+    ),
     "not JSON": (lambda path: (path / "manifest.json").write_text("{"), r"a/manifest.json is not JSON"),
-    "a shard is absent": (lambda path: (path / "00002.safetensors").unlink(), r"a has no 00002.safetensors; encode"),
+    "a shard is absent": (
+        lambda path: (path / "00002.safetensors").unlink(),
+        r"a has no 00002.safetensors; encode",
+    ),
     "a shard was cut": (
         lambda path: (path / "00001.safetensors").write_bytes(b"\1\0"),
         r"a/00001.safetensors cannot be read \(.+\); encode the folder again",
@@ -223,10 +238,16 @@ def test_a_method_that_needs_latents_trains_on_them(tmp_path):
     WanPipeline(transformer=transformer, scheduler=scheduler, **frozen).save_pretrained(tmp_path / "wan")
     torch.manual_seed(0)
     write_encoded(
-        tmp_path / "data", {"x0": torch.randn(4, *VIDEO), "text": torch.randn(4, 512, 24)}, torch.zeros(1, 512, 24)
+        tmp_path / "data",
+        {"x0": torch.randn(4, *VIDEO), "text": torch.randn(4, 512, 24)},
+        torch.zeros(1, 512, 24),
     )
-    text = DMD.format(here=tmp_path).replace('["shapes"]', f'["{tmp_path}/data"]').replace("[8, 8]", "[32, 48]")
-    text = text.replace("frames = 3", "frames = 5").replace('name = "dmd"', 'name = "lcm"\nguidance_range = [2, 5]')
+    text = (
+        DMD.format(here=tmp_path).replace('["shapes"]', f'["{tmp_path}/data"]').replace("[8, 8]", "[32, 48]")
+    )
+    text = text.replace("frames = 3", "frames = 5").replace(
+        'name = "dmd"', 'name = "lcm"\nguidance_range = [2, 5]'
+    )
     text = text.partition("[critic]")[0]
     (tmp_path / "lcm.toml").write_text(text)
     run = build(configs.load(tmp_path / "lcm.toml"))

@@ -150,7 +150,9 @@ def test_pixels_and_scores():
     prompts = [IMAGE_CAPTIONS[q] for q in caption]
     scores = WORLD.scores(image, prompts, 0)
     assert scores["oracle"] == 1
-    noisy = WORLD.scores(image + 0.3 * torch.randn(image.shape, generator=torch.Generator().manual_seed(0)), prompts, 0)
+    noisy = WORLD.scores(
+        image + 0.3 * torch.randn(image.shape, generator=torch.Generator().manual_seed(0)), prompts, 0
+    )
     assert noisy["oracle"] == 0
     assert noisy["swd"] > 3 * scores["swd"] > 0
     assert WORLD.scores(image, [*prompts[1:], prompts[0]], 0)["oracle"] < 0.5
@@ -214,7 +216,10 @@ SPECKLES = {
     "rows": (fair_bits(3, 48)[:, :, :, :1].expand(-1, -1, -1, W), "correlation"),
     "columns": (fair_bits(3, 48)[:, :, :1].expand(-1, -1, H, -1), "correlation"),
     "nine in ten up": (torch.rand(48, 1, H, W, generator=torch.Generator().manual_seed(0)) < 0.9, "balance"),
-    "nine in ten down": (torch.rand(48, 1, H, W, generator=torch.Generator().manual_seed(1)) < 0.1, "balance"),
+    "nine in ten down": (
+        torch.rand(48, 1, H, W, generator=torch.Generator().manual_seed(1)) < 0.1,
+        "balance",
+    ),
 }
 
 

@@ -73,7 +73,9 @@ def test_shapes_move_as_the_caption_says():
     directions, speeds = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}, set()
     for mask, (_, _, motion) in zip(shapes.templates(T, H, W), KINDS, strict=True):
         dy, dx = directions[motion]
-        moving = {v: [mask[0].roll((v * f * dy, v * f * dx), (0, 1)) for f in range(T)] for v in range(1, H // 2)}
+        moving = {
+            v: [mask[0].roll((v * f * dy, v * f * dx), (0, 1)) for f in range(T)] for v in range(1, H // 2)
+        }
         speeds |= {v for v, frames in moving.items() if torch.equal(torch.stack(frames), mask)} or {None}
     assert len(speeds) == 1
     assert None not in speeds
@@ -245,7 +247,9 @@ def test_posterior_mean_is_that_of_brute_force(t):
     x0, caption = real(6, seed=1)
     times = torch.full((6,), t, dtype=torch.float64)
     x_t = add_noise(x0, Rng(1, 0, "noise", range(6), "cpu").normal(x0.shape[1:]), coeffs(FLOW, times, x0))
-    got = shapes.posterior_mean(x_t, coeffs(FLOW, times, x_t), Cond(shapes.embed([CAPTIONS[i] for i in caption])))
+    got = shapes.posterior_mean(
+        x_t, coeffs(FLOW, times, x_t), Cond(shapes.embed([CAPTIONS[i] for i in caption]))
+    )
     want = torch.stack([brute_force(x, t, int(q)) for x, q in zip(x_t, caption, strict=True)])
     torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5)
 
@@ -256,7 +260,9 @@ def test_posterior_mean_of_speckle():
     x0, caption = real(6, seed=2)
     times = torch.full((6,), t, dtype=torch.float64)
     x_t = add_noise(x0, Rng(2, 0, "noise", range(6), "cpu").normal(x0.shape[1:]), coeffs(FLOW, times, x0))
-    got = shapes.posterior_mean(x_t, coeffs(FLOW, times, x_t), Cond(shapes.embed([CAPTIONS[i] for i in caption])))
+    got = shapes.posterior_mean(
+        x_t, coeffs(FLOW, times, x_t), Cond(shapes.embed([CAPTIONS[i] for i in caption]))
+    )
     want = SPECKLE * torch.tanh(SPECKLE * (1 - t) * x_t.sum(1, keepdim=True) / t**2).expand_as(x0)
     outside = x0.abs() == SPECKLE
     torch.testing.assert_close(got[outside], want[outside], rtol=0, atol=1e-4)

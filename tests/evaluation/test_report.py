@@ -48,7 +48,9 @@ def metrics(steps: int = 120) -> list[dict]:
     return rows
 
 
-def make_run(folder: Path, scores=SCORES, rows=None, config=CONFIG, size=(12, 16), who=tuple(SCORES), few=3) -> Path:
+def make_run(
+    folder: Path, scores=SCORES, rows=None, config=CONFIG, size=(12, 16), who=tuple(SCORES), few=3
+) -> Path:
     folder.mkdir(parents=True)
     rows = metrics() if rows is None else rows
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -106,7 +108,10 @@ def charts(folder: Path) -> dict[str, list[tuple[str, list[list[float]]]]]:
     found = {}
     for figure in figures:
         lines = re.findall(r'<polyline class="(\w+)" points="([^"]*)"', figure)
-        corners = [(style, [[float(n) for n in pair.split(",")] for pair in points.split()]) for style, points in lines]
+        corners = [
+            (style, [[float(n) for n in pair.split(",")] for pair in points.split()])
+            for style, points in lines
+        ]
         found[re.findall(r"<h3>(.*?)</h3>", figure)[0]] = corners
     return found
 
@@ -131,7 +136,9 @@ def test_page_shows_names_scores_and_every_prompt(tmp_path):
         assert expected in page.text
     assert 'output_dir = "runs/<b>"' in page.text
     assert [
-        head for head in ("teacher, 40 steps", "teacher, 3 steps", "student, 3 steps") if head not in page.text
+        head
+        for head in ("teacher, 40 steps", "teacher, 3 steps", "student, 3 steps")
+        if head not in page.text
     ] == []
 
 
@@ -139,7 +146,11 @@ def test_pictures_are_the_files_in_the_order_of_the_columns(tmp_path):
     folder = make_run(tmp_path / "tiny")
     images = read_page(folder).all("img")
     files = [folder / "samples" / who / f"{i:02d}.webp" for i in range(2) for who in SCORES]
-    names = {"teacher_50": "teacher, 40 steps", "teacher_few": "teacher, 3 steps", "student": "student, 3 steps"}
+    names = {
+        "teacher_50": "teacher, 40 steps",
+        "teacher_few": "teacher, 3 steps",
+        "student": "student, 3 steps",
+    }
     assert len(images) == len(files)
     for image, path in zip(images, files, strict=True):
         assert base64.b64decode(image["src"].removeprefix("data:image/webp;base64,")) == path.read_bytes()
@@ -160,8 +171,12 @@ def test_curves_have_a_point_for_every_row(tmp_path):
     read_page(folder)
     found = charts(folder)
     assert list(found) == ["Oracle", "Sliced Wasserstein", "Loss", "Gradient norm", "Score gap", "Step time"]
-    count = {title: [len(points) for style, points in lines if style == "raw"] for title, lines in found.items()}
-    assert count["Loss"] == [120]  # of the critic; 60 rows of the student are few enough to be drawn as they are
+    count = {
+        title: [len(points) for style, points in lines if style == "raw"] for title, lines in found.items()
+    }
+    assert count["Loss"] == [
+        120
+    ]  # of the critic; 60 rows of the student are few enough to be drawn as they are
     assert next(len(points) for style, points in found["Loss"] if style == "line") == 60
     assert count["Step time"] == [120]
     # two levels of the teacher, then the student: two validations and the final score
@@ -207,7 +222,9 @@ def test_scores_that_are_null_are_dashes_and_have_no_chart(tmp_path):
 @pytest.mark.parametrize("odd", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_left_out(tmp_path, odd):
     scores = {**SCORES, "student": {"oracle": 0.0, "swd": odd}}
-    folder = make_run(tmp_path / "tiny", scores=scores, rows=[{"step": 60, "valid/oracle": 0.0, "valid/swd": odd}])
+    folder = make_run(
+        tmp_path / "tiny", scores=scores, rows=[{"step": 60, "valid/oracle": 0.0, "valid/swd": odd}]
+    )
     read_page(folder)
     assert list(charts(folder)) == ["Oracle"]
 

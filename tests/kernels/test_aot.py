@@ -164,8 +164,12 @@ def test_interpreted_kernels_are_not_compiled(folder, monkeypatch):
 def elf(text: bytes) -> bytes:
     """Build the smallest 64-bit ELF with a .text.k section of some size."""
     names = b"\0.shstrtab\0.text.k\0"
-    header = struct.pack("<16sHHIQQQIHHHHHH", b"\x7fELF", 0, 0, 0, 0, 0, 64 + len(names), 0, 64, 0, 0, 64, 2, 0)
-    sections = [struct.pack("<IIQQQQIIQQ", name, 0, 0, 0, 64, size, 0, 0, 0, 0) for name, size in ((1, 19), (11, 70))]
+    header = struct.pack(
+        "<16sHHIQQQIHHHHHH", b"\x7fELF", 0, 0, 0, 0, 0, 64 + len(names), 0, 64, 0, 0, 64, 2, 0
+    )
+    sections = [
+        struct.pack("<IIQQQQIIQQ", name, 0, 0, 0, 64, size, 0, 0, 0, 0) for name, size in ((1, 19), (11, 70))
+    ]
     return header + names + b"".join(sections) + text
 
 
@@ -250,7 +254,9 @@ def test_amd_report():
 def test_every_module_with_specs_is_listed():
     pages = Path(aot.__file__).parent.glob("*/triton_*.py")
     with_specs = {
-        f"{path.parent.name}.{path.stem}" for path in pages if "\ndef specs(" in path.read_text(encoding="utf-8")
+        f"{path.parent.name}.{path.stem}"
+        for path in pages
+        if "\ndef specs(" in path.read_text(encoding="utf-8")
     }
     assert with_specs == set(aot.MODULES)
 

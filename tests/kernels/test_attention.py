@@ -158,7 +158,9 @@ def test_what_fails_or_is_wrong_is_reported_and_not_chosen(candidates):
 
 def test_when_all_fail_the_reasons_are_told(candidates):
     candidates(a=(failing, 1.0), b=(wrong, 1.0))
-    with pytest.raises(RuntimeError, match=r"no attention for torch.float32, head dim 16 .*newer GPU.*wrong out"):
+    with pytest.raises(
+        RuntimeError, match=r"no attention for torch.float32, head dim 16 .*newer GPU.*wrong out"
+    ):
         dense._probe(CPU, torch.float32, 16)
 
 

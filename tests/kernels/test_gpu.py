@@ -73,13 +73,19 @@ def error(x: Tensor, exact: Tensor) -> float:
     return ((x.to(exact.dtype) - exact).norm() / exact.norm().clamp_min(1e-30)).item()
 
 
-def assert_as_good_as(composition: list[Tensor], ours: list[Tensor], exact: list[Tensor], floor: float = 1e-6) -> None:
+def assert_as_good_as(
+    composition: list[Tensor], ours: list[Tensor], exact: list[Tensor], floor: float = 1e-6
+) -> None:
     """Errors at most twice those of the composition, and a few float32 roundings."""
     for i, (c, x, true) in enumerate(zip(composition, ours, exact, strict=True)):
-        assert error(x, true) <= 2 * error(c, true) + floor, f"result {i}: {error(x, true):.1e}, {error(c, true):.1e}"
+        assert error(x, true) <= 2 * error(c, true) + floor, (
+            f"result {i}: {error(x, true):.1e}, {error(c, true):.1e}"
+        )
 
 
-def check_vsa(given: list[Tensor], tiles, topk: int, heads: slice = slice(None), exact_dtype=torch.float64) -> None:
+def check_vsa(
+    given: list[Tensor], tiles, topk: int, heads: slice = slice(None), exact_dtype=torch.float64
+) -> None:
     """`heads` are compared: dense scores of all may not fit."""
     q_tiles, k_tiles = (tiles, tiles) if isinstance(tiles, Tiles) else tiles
     lists = select(pool(given[0], q_tiles), pool(given[1], k_tiles), k_tiles, topk)
@@ -198,7 +204,9 @@ def test_more_than_2_31_elements():
     assert tiles.L * N * K > 2**31
     if (free := torch.cuda.mem_get_info(DEVICE)[0]) < 60e9:
         pytest.skip(f"needs 60 GB, {free / 1e9:.0f} are free")
-    given = [torch.randn(1, tiles.L, N, K, dtype=torch.bfloat16, device=DEVICE).requires_grad_() for _ in range(3)]
+    given = [
+        torch.randn(1, tiles.L, N, K, dtype=torch.bfloat16, device=DEVICE).requires_grad_() for _ in range(3)
+    ]
     lists = select(pool(given[0].detach(), tiles), pool(given[1].detach(), tiles), tiles, 2)
     out = fine(*given, lists, tiles, tiles)
     dout = torch.randn_like(out)
@@ -228,7 +236,9 @@ def latents(shape: tuple[int, ...], dtypes) -> list[Tensor]:
     return [random(*shape, dtype=dtype, seed=i) for i, dtype in enumerate(dtypes)]
 
 
-def loss_values(name: str, given: list[Tensor | None], dtype: torch.dtype | None = None, **options) -> list[Tensor]:
+def loss_values(
+    name: str, given: list[Tensor | None], dtype: torch.dtype | None = None, **options
+) -> list[Tensor]:
     """[loss, metrics .., gradients ..]"""
     loss, n = LOSSES[name]
     inputs = [None if x is None else x.detach().to(dtype or x.dtype) for x in given]
@@ -286,7 +296,9 @@ class TestLosses:
                 given = [x.roll(seed) for x in latents(LATENTS["sdxl"], MIXED)]
                 leaves = [x.requires_grad_() for x in given[:n]]
                 ours, eager = compiled(*given), loss(*given, a=1.0, b=b, w=4.0)[0]
-                for x, y in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(eager, leaves), strict=True):
+                for x, y in zip(
+                    torch.autograd.grad(ours, leaves), torch.autograd.grad(eager, leaves), strict=True
+                ):
                     assert error(x, y.float()) < 1e-5
 
 

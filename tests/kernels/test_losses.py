@@ -97,7 +97,9 @@ def test_dmd_gradient_reaches_the_student_only(given):
 
 def test_dmd_normalizer_is_of_each_sample_alone(given):
     before = dmd_gradient(given)
-    louder = dict(given, x0_g=given["x0_g"] * torch.tensor([1.0, 1.0, 9.0], dtype=torch.float64).view(-1, 1, 1, 1, 1))
+    louder = dict(
+        given, x0_g=given["x0_g"] * torch.tensor([1.0, 1.0, 9.0], dtype=torch.float64).view(-1, 1, 1, 1, 1)
+    )
     after = dmd_gradient(louder)
     assert torch.equal(after[:2], before[:2])
     assert not torch.allclose(after[2], before[2])
@@ -117,7 +119,9 @@ class TestArguments:
     def test_scalars_may_be_numbers_or_per_sample(self, given, loss):
         same = {"a": 0.7, "b": -0.4, "w": 3.0}
         numbers = loss(**(given | same))[0]
-        columns = loss(**given | {name: torch.full((3,), v, dtype=torch.float64) for name, v in same.items()})[0]
+        columns = loss(
+            **given | {name: torch.full((3,), v, dtype=torch.float64) for name, v in same.items()}
+        )[0]
         assert torch.equal(numbers, columns)
         one_by_one = [loss(**{name: x[i : i + 1] for name, x in given.items()})[0] for i in range(3)]
         torch.testing.assert_close(loss(**given)[0], torch.stack(one_by_one).mean(), rtol=1e-12, atol=0)
@@ -281,7 +285,9 @@ def test_sid_of_eps_prediction_is_its_x0_form(given):
         torch.testing.assert_close(2 * (x[name].grad * step).sum(), difference, rtol=1e-7, atol=1e-14)
 
 
-def gaussian_sid(alpha: float, critic: tuple[float, float], stop_scores: bool = False) -> tuple[Tensor, Tensor]:
+def gaussian_sid(
+    alpha: float, critic: tuple[float, float], stop_scores: bool = False
+) -> tuple[Tensor, Tensor]:
     """SiD in the Gaussian world: its value times the normaliser, in expectation; and d(loss)/d(m_g, s_g)."""
     m_g, s_g = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in STUDENT)
     xi, eps, weights = quadrature()
@@ -291,7 +297,9 @@ def gaussian_sid(alpha: float, critic: tuple[float, float], stop_scores: bool = 
     if stop_scores:
         z, F_fake, F_c = z.detach(), F_fake.detach(), F_c.detach()
     rows = (x[:, None, None] for x in (x0, z, F_fake, F_c))
-    losses = torch.stack([sid_loss(*row, None, 1.0, -SIGMA, 1.0, alpha)[0] for row in zip(*rows, strict=True)])
+    losses = torch.stack(
+        [sid_loss(*row, None, 1.0, -SIGMA, 1.0, alpha)[0] for row in zip(*rows, strict=True)]
+    )
     normalizers = (x0 - (z - SIGMA * F_c)).abs().detach()
     gradient = torch.autograd.grad((weights * losses).sum(), (m_g, s_g))
     return (weights * losses * normalizers).sum().detach(), torch.stack(gradient)

@@ -324,7 +324,9 @@ class TestErrors:
             LOSSES[name](*arguments((2, 0, 3)))
 
     @pytest.mark.parametrize("backend", ["torch", "triton"])
-    @pytest.mark.parametrize("mask", [torch.ones(2, 3), torch.ones(2, 2, dtype=torch.bool)], ids=["float", "shape"])
+    @pytest.mark.parametrize(
+        "mask", [torch.ones(2, 3), torch.ones(2, 2, dtype=torch.bool)], ids=["float", "shape"]
+    )
     def test_masks(self, backend, mask):
         with use(backend), pytest.raises(ValueError, match="want bool, broadcastable"):
             dmd_loss(*arguments((2, 3)), mask)

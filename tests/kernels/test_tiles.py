@@ -94,7 +94,9 @@ def test_a_first_use_with_fake_tensors_does_not_reach_other_instances():
         assert isinstance(moved, FakeTensor)
     x = torch.arange(math.prod(grid))
     real = Tiles(grid)
-    assert real.to_tile_order(x, 0).tolist() == [token for tile in tiles_by_hand(grid, real.tile) for token in tile]
+    assert real.to_tile_order(x, 0).tolist() == [
+        token for tile in tiles_by_hand(grid, real.tile) for token in tile
+    ]
     assert not any(isinstance(y, FakeTensor) for y in (*real.on(CPU), tile_order(grid, real.tile)))
 
 
@@ -135,7 +137,9 @@ def test_the_orders_are_those_of_the_functions():
     assert torch.equal(geometry.inverse, raster_order((5, 6, 7), (4, 4, 4)))
 
 
-@pytest.mark.parametrize(("grid", "cube"), [((0, 4, 4), (4, 4, 4)), ((4, 4, 4), (4, 0, 4)), ((4, 4), (4, 4, 4))])
+@pytest.mark.parametrize(
+    ("grid", "cube"), [((0, 4, 4), (4, 4, 4)), ((4, 4, 4), (4, 0, 4)), ((4, 4), (4, 4, 4))]
+)
 def test_wrong_grids_are_refused(grid, cube):
     for make in (Tiles, tile_order):
         with pytest.raises(ValueError, match="three positive"):

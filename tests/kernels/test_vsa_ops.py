@@ -72,7 +72,9 @@ def test_ten_sparsities_give_two_graphs(downwards):
     topks = [topk_for(0.09 * i, tiles.n) for i in range(10)]
     assert (tiles.n, topks) == (12, [12, 11, 10, 9, 8, 7, 6, 5, 4, 3])
     torch._dynamo.reset()
-    compiled = torch.compile(video_sparse_attention, fullgraph=True, backend=counted("dynamo", aot_autograd(**parts)))
+    compiled = torch.compile(
+        video_sparse_attention, fullgraph=True, backend=counted("dynamo", aot_autograd(**parts))
+    )
     x = inputs(tiles, B=1)
     for topk in topks if downwards else reversed(topks):
         want, got = (run(op, x, tiles, topk) for op in (video_sparse_attention, compiled))

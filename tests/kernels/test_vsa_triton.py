@@ -20,7 +20,9 @@ from fastdmd_kernels.vsa import triton_bwd, triton_fwd
 from fastdmd_kernels.vsa.triton_tokens import store_tile
 
 # in the rows of pad keys, which are not stored, probabilities have no bound
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered|invalid value encountered:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:overflow encountered|invalid value encountered:RuntimeWarning"
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALIGNED, ALL_RAGGED = (8, 4, 8), (5, 6, 7)
@@ -96,7 +98,9 @@ def pack(index: Tensor, tiles) -> Tensor:
 
 def allowed(index: Tensor, tiles_q, tiles_k) -> Tensor:
     """[B, N, Lq, Lk]: the tokens that `index` [B, N, nq, topk] lets see each other."""
-    chosen = torch.zeros(*index.shape[:3], len(tiles_k[0]), dtype=torch.bool, device=DEVICE).scatter_(3, index, True)
+    chosen = torch.zeros(*index.shape[:3], len(tiles_k[0]), dtype=torch.bool, device=DEVICE).scatter_(
+        3, index, True
+    )
     tile_q = torch.repeat_interleave(torch.arange(len(tiles_q[0]), device=DEVICE), tiles_q[1])
     tile_k = torch.repeat_interleave(torch.arange(len(tiles_k[0]), device=DEVICE), tiles_k[1])
     return chosen[:, :, tile_q][..., tile_k]
@@ -138,7 +142,9 @@ def check(q, k, v, index, tiles_q, tiles_k, composition=dense) -> list[Tensor]:
     dout = random(*q.shape, dtype=q.dtype, seed=3)
     mask = allowed(index, tiles_q, tiles_k)
     exact = dense(q, k, v, dout, mask, torch.float64)
-    torch_errors = [error(x, e) for x, e in zip(composition(q, k, v, dout, mask, q.dtype), exact, strict=True)]
+    torch_errors = [
+        error(x, e) for x, e in zip(composition(q, k, v, dout, mask, q.dtype), exact, strict=True)
+    ]
     result = sparse(q, k, v, dout, pack(index, tiles_k), tiles_q, tiles_k)
     for name, x, e, torch_error in zip(("out", "dq", "dk", "dv"), result, exact, torch_errors, strict=True):
         assert x.dtype == q.dtype
@@ -230,7 +236,9 @@ def test_all_tiles_is_dense_attention():
     dout = random(*q.shape, seed=3)
     lists = vsa.select(*(vsa.pool(x.detach(), *tiles) for x in (q, k)), *tiles, 8)
     ours = sparse(*(x.detach() for x in (q, k, v)), dout, lists, tiles, tiles)
-    out = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    out = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(
+        1, 2
+    )
     for x, y in zip(ours, [out, *torch.autograd.grad(out, (q, k, v), dout)], strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 
@@ -264,7 +272,9 @@ def test_lse_is_base_2_with_a_sentinel_in_pad_slots(path):
     s = torch.einsum("blnk,bmnk->bnlm", q.double(), k.double()) / 4
     exact = s.masked_fill(~allowed(index, tiles, tiles), -math.inf).logsumexp(-1) / math.log(2)
     for tile, (row, n) in enumerate(rows_of(tiles)):
-        torch.testing.assert_close(lse[:, :, tile, :n].double(), exact[:, :, row : row + n], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            lse[:, :, tile, :n].double(), exact[:, :, row : row + n], rtol=1e-6, atol=1e-6
+        )
         assert (lse[:, :, tile, n:] == 1e30).all()
 
 
@@ -345,7 +355,9 @@ def test_inputs_that_no_kernel_reads():
     q, k, v = tokens((4, 4, 4))
     lists = pack(torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=DEVICE), tiles)
     with pytest.raises(ValueError, match=r"q: shape \[1, 64, 1, 16\], strides \[1024, 16, 16, 2\]"):
-        vsa.fine_fwd(random(1, 64, 1, 32)[..., ::2].as_strided(q.shape, (1024, 16, 16, 2)), k, v, lists, *tiles)
+        vsa.fine_fwd(
+            random(1, 64, 1, 32)[..., ::2].as_strided(q.shape, (1024, 16, 16, 2)), k, v, lists, *tiles
+        )
     with pytest.raises(ValueError, match=r"k \[1, 64, 1, 16\] torch.float16"):
         vsa.fine_fwd(q, k.half(), v, lists, *tiles)
     with pytest.raises(ValueError, match="topk = 2 of 1 tiles"):
@@ -382,7 +394,9 @@ class TestFarAddresses:
         x.copy_(random(*shape))
         tiles = from_counts([1, shape[1] - 1] if shape[1] <= 64 else [1, 63, 1])
         assert error(vsa.pool(x, *tiles), pooled(x, tiles)) < 1e-6
-        lists = pack(torch.zeros(*shape[:1], shape[2], len(tiles[0]), 1, dtype=torch.int64, device=DEVICE) + 1, tiles)
+        lists = pack(
+            torch.zeros(*shape[:1], shape[2], len(tiles[0]), 1, dtype=torch.int64, device=DEVICE) + 1, tiles
+        )
         for can in (lambda x: True, lambda x: False):
             monkeypatch.setattr(triton_fwd, "can_describe", can)
             near, far = (vsa.fine_fwd(y, y, y, lists, *tiles)[0] for y in (x.contiguous(), x))

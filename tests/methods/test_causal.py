@@ -99,12 +99,20 @@ def roll(student: Denoiser, step: int = STEP, grad: bool = True, **change: Any) 
 
 
 def definition(student: Denoiser, step: int = STEP, leak: bool = False, **change: Any) -> Tensor:
-    keys = {"exit": "uniform", "shared_exit_step": True, "context_noise": 0.0, "grad_frames": None} | BASE | change
+    keys = (
+        {"exit": "uniform", "shared_exit_step": True, "context_noise": 0.0, "grad_frames": None}
+        | BASE
+        | change
+    )
 
     def exits(rng: Rng, n: int) -> list[int]:
         if keys["exit"] == "last":
             return [2] * n
-        return [rng.shared_integer(3)] * n if keys["shared_exit_step"] else [rng.shared_integer(3) for _ in range(n)]
+        return (
+            [rng.shared_integer(3)] * n
+            if keys["shared_exit_step"]
+            else [rng.shared_integer(3) for _ in range(n)]
+        )
 
     lengths = LENGTHS[keys["frames_per_block"]]
     assert sum(lengths) == SHAPE[1]
@@ -129,7 +137,9 @@ def test_rollout_is_that_of_the_definition(student, change):
     assert (relative(got, gradient(student, base)) > 1e-3) == bool(change)
 
 
-@pytest.mark.parametrize("change", [{}, {"context_noise": 0.3}, {"exit": "last", "frames_per_block": 1}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{}, {"context_noise": 0.3}, {"exit": "last", "frames_per_block": 1}], ids=str
+)
 def test_no_gradient_flows_from_a_block_into_those_before(student, change):
     """The test above would tell: with the leak, values are the same and gradients are elsewhere."""
     kept, leaking = (definition(student, leak=leak, **change) for leak in (False, True))
@@ -146,10 +156,15 @@ def test_calls(student, exit_step, first):
     roll(student, step, frames_per_block=lengths[-1], independent_first_frame=bool(first), context_noise=0.25)
     expected, start = [], 0
     for length in lengths:
-        walk = [(length, t, 4 * start, False, i == exit_step) for i, t in enumerate((1000, 800, 500)[: exit_step + 1])]
+        walk = [
+            (length, t, 4 * start, False, i == exit_step)
+            for i, t in enumerate((1000, 800, 500)[: exit_step + 1])
+        ]
         expected += [*walk, (length, 250, 4 * start, True, False)]
         start += length
-    assert [(c.x_t.shape[2], c.model_t[0], c.first, c.write, c.grad) for c in student.net.calls] == expected[:-1]
+    assert [(c.x_t.shape[2], c.model_t[0], c.first, c.write, c.grad) for c in student.net.calls] == expected[
+        :-1
+    ]
     assert all(c.model_t == [c.model_t[0]] * 2 for c in student.net.calls)
 
 
@@ -169,14 +184,23 @@ def test_what_is_held_is_the_clean_block_at_the_context_noise(student):
 
 def test_grad_frames_limits_gradient(student):
     """Blocks wholly before the last `grad_frames` frames keep none; a block in which they begin does."""
-    for grad_frames, grads in ((2, [0, 0, 1]), (3, [0, 1, 1]), (4, [0, 1, 1]), (5, [1, 1, 1]), (None, [1, 1, 1])):
+    for grad_frames, grads in (
+        (2, [0, 0, 1]),
+        (3, [0, 1, 1]),
+        (4, [0, 1, 1]),
+        (5, [1, 1, 1]),
+        (None, [1, 1, 1]),
+    ):
         student.net.calls.clear()
         x0_g = roll(student, grad_frames=grad_frames).x0_g
         exits = [call.grad for call in student.net.calls if call.model_t[0] == 800]
         assert exits == [bool(g) for g in grads]
         for i, g in enumerate(grads):
             found = torch.autograd.grad(
-                x0_g[:, :, 2 * i : 2 * i + 2].sum(), student.net.proj_out.weight, retain_graph=True, allow_unused=True
+                x0_g[:, :, 2 * i : 2 * i + 2].sum(),
+                student.net.proj_out.weight,
+                retain_graph=True,
+                allow_unused=True,
             )
             assert (found[0] is not None and bool(found[0].abs().max() > 0)) == bool(g)
 

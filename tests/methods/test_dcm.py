@@ -80,7 +80,9 @@ def test_these_keys_matter_too(key):
     assert not close(*gradients)
 
 
-@pytest.mark.parametrize("change", [{}, {"disc_layers": (1,)}, {"phases": 4}, {"boundary_index": 7}], ids=name_case)
+@pytest.mark.parametrize(
+    "change", [{}, {"disc_layers": (1,)}, {"phases": 4}, {"boundary_index": 7}], ids=name_case
+)
 def test_discriminator_learns_by_the_definition(change):
     """Hinge on the pair of the student's phase, which is of before its update."""
     method, carry = make(DETAIL_BASE, **change), {}
@@ -103,12 +105,16 @@ def test_every_key_has_a_test():
 # --------------------------------------------------------------- who is called, and who learns
 
 
-@pytest.mark.parametrize(("base", "phase"), [(SEMANTIC, "student"), (DETAIL_BASE, "student"), (DETAIL_BASE, "disc")])
+@pytest.mark.parametrize(
+    ("base", "phase"), [(SEMANTIC, "student"), (DETAIL_BASE, "student"), (DETAIL_BASE, "disc")]
+)
 @pytest.mark.parametrize("target", ["ema", "student"])
 def test_only_what_the_phase_trains_gets_a_gradient(base, phase, target):
     method, carry = make(base, target=target), {}
     nets = make_nets(method)
-    assert method.phases(0) == method.phases(5) == (("student", "disc") if base is DETAIL_BASE else ("student",))
+    assert (
+        method.phases(0) == method.phases(5) == (("student", "disc") if base is DETAIL_BASE else ("student",))
+    )
     for each in method.phases(0)[: method.phases(0).index(phase) + 1]:
         assert method.trains(each) == (each,)
         for role, net in nets.items():
@@ -302,13 +308,18 @@ def test_temporal_needs_frames():
     with pytest.raises(ValueError, match=r"^method.temporal_lag: 3 is not under the 3 latent frames"):
         mlp.loss(make(temporal_lag=3), "student", make_nets(make()), BATCH, make_rng(), {})
     assert (
-        mlp.loss(make(temporal_lag=3, temporal_weight=0.0), "student", make_nets(make()), BATCH, make_rng(), {})[0] > 0
+        mlp.loss(
+            make(temporal_lag=3, temporal_weight=0.0), "student", make_nets(make()), BATCH, make_rng(), {}
+        )[0]
+        > 0
     )
 
 
 def test_needs_latents():
     with pytest.raises(ValueError, match="trains on latents"):
-        mlp.loss(make(), "student", make_nets(make()), Batch(BATCH.cond, BATCH.uncond, mlp.SHAPE), make_rng(), {})
+        mlp.loss(
+            make(), "student", make_nets(make()), Batch(BATCH.cond, BATCH.uncond, mlp.SHAPE), make_rng(), {}
+        )
     assert make().config.needs_latents
 
 
@@ -381,7 +392,9 @@ def test_the_true_flow_map_is_the_fixed_point_of_a_fine_grid(base):
     losses, naive = [], []
     for scale in (4, 8, 16):
         keys = {"solver_steps": 10 * scale, "boundary_index": 6 * scale, "guidance": 3.0}
-        method = make(base, **keys, huber_c=1e-9, temporal_weight=0.0)  # so that it is the mean of |made - wanted|
+        method = make(
+            base, **keys, huber_c=1e-9, temporal_weight=0.0
+        )  # so that it is the mean of |made - wanted|
         sigma_e = method.sigmas[method.config.points.start]
 
         def to_the_end(x: Tensor, sigma: Tensor, sigma_e: Tensor = sigma_e) -> Tensor:
@@ -455,7 +468,9 @@ def test_the_teacher_is_compared_at_the_student_s_steps(tmp_path, expert, steps)
             assert sampler(rng.normal(shape), cond, cond, rng).isfinite().all()
 
 
-@pytest.mark.parametrize(("method", "name"), [("dcm", "UniPCMultistepScheduler"), ("dmd", "FlowMatchLCMScheduler")])
+@pytest.mark.parametrize(
+    ("method", "name"), [("dcm", "UniPCMultistepScheduler"), ("dmd", "FlowMatchLCMScheduler")]
+)
 def test_an_export_s_scheduler_is_that_of_the_method(tmp_path, method, name):
     """Diffusers' LCM scheduler re-noises between its steps; DMD's student does, and neither expert of DCM."""
     scheduler = exported_scheduler(make_config(tmp_path, method))
@@ -507,7 +522,9 @@ def test_no_problems(base):
 
 def test_times_of_sampling_stay_on_their_expert_s_side():
     """The boundary is S(0.6) = 0.818182."""
-    with pytest.raises(ValueError, match=r"^method.semantic_timesteps: 818 is not above the boundary, 818.182 at"):
+    with pytest.raises(
+        ValueError, match=r"^method.semantic_timesteps: 818 is not above the boundary, 818.182 at"
+    ):
         make(semantic_timesteps=(1000.0, 818.0))
     with pytest.raises(ValueError, match=r"^method.detail_timesteps: 819 is above the boundary, 818.182 at"):
         make(DETAIL_BASE, detail_timesteps=(819.0,))
@@ -524,9 +541,16 @@ def test_only_flow_models():
 def test_the_detail_expert_starts_from_the_semantic_one():
     """It is the student's start: student.path, or model.path where the teacher has a path of its own."""
     teacher, model = TeacherConfig(path="teacher"), ModelConfig(family="wan2.1", path="semantic")
-    config = configs.Config(model=model, teacher=teacher, **dict.fromkeys(("run", "schedule", "method", "data")))
+    config = configs.Config(
+        model=model, teacher=teacher, **dict.fromkeys(("run", "schedule", "method", "data"))
+    )
     paths = {role: config.role_path(role) for role in ("student", "semantic", "target", "teacher")}
-    assert paths == {"student": "semantic", "semantic": "semantic", "target": "semantic", "teacher": "teacher"}
+    assert paths == {
+        "student": "semantic",
+        "semantic": "semantic",
+        "target": "semantic",
+        "teacher": "teacher",
+    }
     model, student = ModelConfig(family="wan2.1", path="teacher"), StudentConfig(path="semantic")
     rest = dict.fromkeys(("run", "schedule", "method", "data"))
     config = configs.Config(model=model, student=student, **rest)

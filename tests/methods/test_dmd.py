@@ -40,7 +40,9 @@ def make(flow_shift: float = FLOW_SHIFT, critic: CriticConfig | None = None, **k
     keys = BASE | keys
     rollout = {field.name: keys.pop(field.name) for field in fields(rollouts.Config) if field.name in keys}
     config = Config(name="dmd", **keys)
-    return DMD(config, FlowSchedule(flow_shift), rollout=rollouts.Config(**rollout), critic=critic or CriticConfig())
+    return DMD(
+        config, FlowSchedule(flow_shift), rollout=rollouts.Config(**rollout), critic=critic or CriticConfig()
+    )
 
 
 @pytest.fixture
@@ -182,7 +184,9 @@ def test_critic_only_steps_roll_out_without_gradient(nets):
 # ------------------------------------------------------------------------------- score times
 
 
-def grid_times(exit_t: float = 0.75, next_t: float = 0.5, flow_shift: float = FLOW_SHIFT, **keys: Any) -> Tensor:
+def grid_times(
+    exit_t: float = 0.75, next_t: float = 0.5, flow_shift: float = FLOW_SHIFT, **keys: Any
+) -> Tensor:
     """s for u = 0, 0.01, .. 1."""
     u = torch.linspace(0, 1, 101, dtype=torch.float64)
     window = rollouts.Window(exit_t, next_t)

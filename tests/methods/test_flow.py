@@ -54,7 +54,9 @@ def test_timestep_distributions(flow_shift):
     uniform, logit_normal = (times(make(name, flow_shift), u) for name in ("uniform", "logit_normal"))
     torch.testing.assert_close(uniform / (1 - uniform), flow_shift * u / (1 - u), rtol=1e-4, atol=0)
     normal = torch.distributions.Normal(torch.tensor(0.0).double(), 1.0).icdf(u)
-    torch.testing.assert_close(logit_normal.logit(), normal + torch.tensor(flow_shift).log(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logit_normal.logit(), normal + torch.tensor(flow_shift).log(), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_a_draw_of_zero_is_finite():

@@ -115,11 +115,15 @@ def test_losses_and_their_slopes():
     assert slope == pytest.approx([-0.5, -0.5])
     assert slopes(gan.hinge_g, real)[1] == pytest.approx([0, -0.5])
 
-    sigmoid = {x: float(torch.tensor(x).double().sigmoid()) for x in (-3.0, -2.0, -0.5, -0.25, 0.25, 0.5, 2.0, 3.0)}
+    sigmoid = {
+        x: float(torch.tensor(x).double().sigmoid()) for x in (-3.0, -2.0, -0.5, -0.25, 0.25, 0.5, 2.0, 3.0)
+    }
     log = {x: -float(torch.tensor(p).double().log()) for x, p in sigmoid.items()}  # softplus(-x)
     value, slope = slopes(gan.softplus_d, fake, real)
     assert value == pytest.approx((log[2.0] + log[-0.5]) / 2 + (log[3.0] + log[0.25]) / 2)
-    assert slope == pytest.approx([x / 2 for x in (sigmoid[-2.0], sigmoid[0.5], -sigmoid[-3.0], -sigmoid[-0.25])])
+    assert slope == pytest.approx(
+        [x / 2 for x in (sigmoid[-2.0], sigmoid[0.5], -sigmoid[-3.0], -sigmoid[-0.25])]
+    )
     value, slope = slopes(gan.softplus_g, fake)
     assert value == pytest.approx((log[-2.0] + log[0.5]) / 2)
     assert slope == pytest.approx([-sigmoid[2.0] / 2, -sigmoid[-0.5] / 2])
@@ -132,7 +136,10 @@ def test_all_maps_count_alike():
 
 
 def test_feature_matching_pulls_the_fake_only():
-    fake, real = torch.tensor([[[1.0, 2.0]]], requires_grad=True), torch.tensor([[[0.0, 5.0]]], requires_grad=True)
+    fake, real = (
+        torch.tensor([[[1.0, 2.0]]], requires_grad=True),
+        torch.tensor([[[0.0, 5.0]]], requires_grad=True),
+    )
     loss = gan.feature_matching([fake], [real])
     loss.backward()
     assert float(loss.detach()) == pytest.approx((1 + 9) / 2)
@@ -314,5 +321,7 @@ def test_a_run_trains_its_discriminator(tmp_path):
         values = train.take_step(run)
         assert {"train/gan_critic", "train/grad_norm_disc"} <= values.keys()
         now = {role: run.nets[role].net.state_dict() for role in run.optimizers}
-        moved.append({role for role in now if any(not torch.equal(now[role][k], v) for k, v in before[role].items())})
+        moved.append(
+            {role for role in now if any(not torch.equal(now[role][k], v) for k, v in before[role].items())}
+        )
     assert moved == [{"student", "critic", "disc"}, {"critic", "disc"}]

@@ -153,7 +153,9 @@ def test_gradient_is_that_of_the_definition(name, change):
 def test_a_flow_model_has_no_boundary_scaling():
     """x_t - t v is x_t at t = 0 whatever the key says."""
     nets = four_nets(FLOW)
-    losses = [mlp.loss(make(FLOW, **keys), "student", nets, BATCH, make_rng(), {})[0] for keys in ({}, VP_ONLY)]
+    losses = [
+        mlp.loss(make(FLOW, **keys), "student", nets, BATCH, make_rng(), {})[0] for keys in ({}, VP_ONLY)
+    ]
     assert torch.equal(*losses)
 
 
@@ -168,7 +170,11 @@ def test_only_the_student_learns_and_the_target_is_never_the_teacher(target):
     mlp.loss(make(target=target), "student", nets, BATCH, make_rng(), {})[0].backward()
     assert mlp.with_gradient(nets) == {"student"}
     called = {role: [call.grad for call in net.net.calls] for role, net in nets.items()}
-    by_target = {"target": [False], "student": [True]} if target == "ema" else {"target": [], "student": [False, True]}
+    by_target = (
+        {"target": [False], "student": [True]}
+        if target == "ema"
+        else {"target": [], "student": [False, True]}
+    )
     assert called == {"teacher": [False], "critic": [], **by_target}
     assert make(target=target).config.roles.keys() == {"student", "teacher"} | (
         {"target"} if target == "ema" else set()
@@ -340,13 +346,17 @@ def test_samples_are_those_of_diffusers_lcm_scheduler(embedding, monkeypatch):
         for t in scheduler.timesteps:
             F = nets["student"].net(x, t.expand(4).float(), cond).F
             x, denoised = scheduler.step(F, t, x, return_dict=False)
-        got = make(VP, guidance_embedding=embedding).sample(nets, noise, BATCH.cond, BATCH.uncond, make_noise())
+        got = make(VP, guidance_embedding=embedding).sample(
+            nets, noise, BATCH.cond, BATCH.uncond, make_noise()
+        )
     torch.testing.assert_close(got, denoised, rtol=1e-4, atol=1e-4)
     with torch.no_grad():  # the keys of the sampler are read
         other = make(VP, guidance_embedding=embedding, guidance=3.0).sample(
             nets, noise, BATCH.cond, BATCH.uncond, make_noise()
         )
-        few = make(VP, denoising_timesteps=(1000.0, 500.0)).sample(nets, noise, BATCH.cond, BATCH.uncond, make_noise())
+        few = make(VP, denoising_timesteps=(1000.0, 500.0)).sample(
+            nets, noise, BATCH.cond, BATCH.uncond, make_noise()
+        )
     assert torch.allclose(got, other) != embedding
     assert not torch.allclose(got, few)
 

@@ -112,7 +112,9 @@ def test_mode_data_noises_a_latent_to_the_exit_time(student):
         step = step_that_exits(exit_step)
         made = roll(student, step, mode="data")
         t, eps = TIMES[exit_step], make_rng(step).normal(mlp.SHAPE)
-        torch.testing.assert_close(made.x0_g, x0_of(student, (1 - column(t)) * BATCH.x0 + column(t) * eps, t, BATCH))
+        torch.testing.assert_close(
+            made.x0_g, x0_of(student, (1 - column(t)) * BATCH.x0 + column(t) * eps, t, BATCH)
+        )
         assert (made.window.exit_t, made.x0_g.requires_grad) == (t, True)
         assert len(student.net.calls) == 2  # one of them by hand
         student.net.calls.clear()
@@ -140,7 +142,11 @@ def test_problems_name_the_key(change):
 def test_problems_of_causal_rollouts():
     blocks = {"independent_first_frame": True, "shared_exit_step": False, "context_noise": 0.999}
     assert not list(Config(mode="causal", frames_per_block=3, **blocks).problems())
-    for change in ({"frames_per_block": None}, {"frames_per_block": 0}, {"context_noise": 1.0, "frames_per_block": 3}):
+    for change in (
+        {"frames_per_block": None},
+        {"frames_per_block": 0},
+        {"context_noise": 1.0, "frames_per_block": 3},
+    ):
         ((key, _),) = Config(mode="causal", **change).problems()
         assert key == next(iter(change))
 

@@ -10,7 +10,17 @@ from typing import Any
 import mlp
 import pytest
 import torch
-from score_definition import BASE, BATCH, CASES, CRITIC_ONLY, FLOW_SHIFT, OVERRIDES, Definition, close, make_rng
+from score_definition import (
+    BASE,
+    BATCH,
+    CASES,
+    CRITIC_ONLY,
+    FLOW_SHIFT,
+    OVERRIDES,
+    Definition,
+    close,
+    make_rng,
+)
 from torch import Tensor, nn
 
 from fastdmd import rollout as rollouts
@@ -26,7 +36,9 @@ def make(**keys: Any) -> SiD:
     keys = BASE | keys
     rollout = {field.name: keys.pop(field.name) for field in fields(rollouts.Config) if field.name in keys}
     schedule = FlowSchedule(FLOW_SHIFT)
-    return SiD(Config(name="sid", **keys), schedule, rollout=rollouts.Config(**rollout), critic=CriticConfig())
+    return SiD(
+        Config(name="sid", **keys), schedule, rollout=rollouts.Config(**rollout), critic=CriticConfig()
+    )
 
 
 @pytest.fixture
@@ -84,7 +96,12 @@ def test_critic_loss_is_dmd_s(nets, change):
 
 def test_every_key_has_a_test():
     keys = {field.name for cls in (Config, rollouts.Config) for field in fields(cls)}
-    causal = {"frames_per_block", "independent_first_frame", "shared_exit_step", "context_noise"}  # in test_causal.py
+    causal = {
+        "frames_per_block",
+        "independent_first_frame",
+        "shared_exit_step",
+        "context_noise",
+    }  # in test_causal.py
     assert keys == OVERRIDES.keys() | {"alpha", "name"} | causal
 
 
@@ -135,7 +152,11 @@ class Affine(mlp.Formula):
 
 def gaussian_nets(teacher: tuple[float, float], student: tuple[float, float]) -> Mapping[str, Denoiser]:
     """With the critic that has learned the student exactly."""
-    made = {"student": Affine(*student), "teacher": GaussianScore(*teacher), "critic": GaussianScore(*student)}
+    made = {
+        "student": Affine(*student),
+        "teacher": GaussianScore(*teacher),
+        "critic": GaussianScore(*student),
+    }
     return {role: Denoiser(net, FlowSchedule(FLOW_SHIFT)) for role, net in made.items()}
 
 

@@ -55,7 +55,9 @@ def frozen_networks() -> dict[str, Any]:
     """The other networks of a Wan 2.1 folder, tiny: 16 latent channels, text embeddings of 24."""
     torch.manual_seed(0)
     letters = [(letter, -3.0) for letter in string.ascii_lowercase]
-    tokenizer = T5Tokenizer([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters], extra_ids=0)
+    tokenizer = T5Tokenizer(
+        [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters], extra_ids=0
+    )
     text = UMT5Config(vocab_size=64, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     vae = AutoencoderKLWan(base_dim=4, z_dim=16, num_res_blocks=1)
     return {"tokenizer": tokenizer, "text_encoder": UMT5EncoderModel(text).eval(), "vae": vae}

@@ -40,7 +40,9 @@ def edit_config(path, **values):
 
 
 def same(a, b):
-    return a.keys() == b.keys() and all(a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
+    return a.keys() == b.keys() and all(
+        a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a
+    )
 
 
 @pytest.mark.parametrize("max_shard_size", ["10GB", "20KB"])
@@ -79,7 +81,10 @@ def test_saving_again_replaces_shards(theirs, tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"_class_name": "UNet2DConditionModel"}, "is a UNet2DConditionModel.*name a diffusers folder of Wan 2.1"),
+        (
+            {"_class_name": "UNet2DConditionModel"},
+            "is a UNet2DConditionModel.*name a diffusers folder of Wan 2.1",
+        ),
         ({"image_dim": 1280, "added_kv_proj_dim": 5120}, "image_dim = 1280.*name a text-to-video Wan 2.1"),
         ({"in_channels": 36}, "in_channels = 36.*name a text-to-video Wan 2.1"),
         ({"ffn_dim": 41}, r"proj.weight is \[40, 24\], not \[41, 24\].*and 3 more.*save the folder again"),
@@ -97,14 +102,19 @@ def test_refuses_another_model(saved, values, message):
 
 def test_refuses_the_pair_of_wan_2_2(saved):
     (saved / "transformer_2").mkdir()
-    with pytest.raises(ValueError, match=f"^{re.escape(str(saved))}: .*transformer_2.*name a text-to-video Wan 2.1$"):
+    with pytest.raises(
+        ValueError, match=f"^{re.escape(str(saved))}: .*transformer_2.*name a text-to-video Wan 2.1$"
+    ):
         folder.load(saved)
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda file: file.rename(file.with_suffix(".bin")), "neither .*safetensors nor .*index.json.*save it"),
+        (
+            lambda file: file.rename(file.with_suffix(".bin")),
+            "neither .*safetensors nor .*index.json.*save it",
+        ),
         (lambda file: file.write_bytes(file.read_bytes()[:-100]), "cannot be read.*again"),
     ],
 )
@@ -147,9 +157,13 @@ def test_scheduler_takes_the_students_steps(timesteps, shift, terminal, tmp_path
     assert (1000 * scheduler.sigmas).tolist() == pytest.approx([*timesteps, 0], abs=1e-3)
 
 
-@pytest.mark.parametrize("timesteps", [[1000, 900, 500, 250], [1000, 937.5, 833, 625], [1000, 800, 790, 780, 100]])
+@pytest.mark.parametrize(
+    "timesteps", [[1000, 900, 500, 250], [1000, 937.5, 833, 625], [1000, 800, 790, 780, 100]]
+)
 def test_scheduler_refuses_other_lists(timesteps):
-    with pytest.raises(ValueError, match=r"^method.denoising_timesteps = \[1000.*three steps always are") as e:
+    with pytest.raises(
+        ValueError, match=r"^method.denoising_timesteps = \[1000.*three steps always are"
+    ) as e:
         folder.lcm_scheduler_config([t / 1000 for t in timesteps])
     assert "\n" not in str(e.value)
 
@@ -162,7 +176,9 @@ def test_many_step_export_solves_on_our_grid(tmp_path):
     scheduler = UniPCMultistepScheduler.from_pretrained(tmp_path, subfolder="scheduler")
     scheduler.set_timesteps(50)
     assert (scheduler.sigmas - FlowSchedule(3.0).solver_grid(50)).abs().max() < 5e-3
-    assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"][1] == "UniPCMultistepScheduler"
+    assert (
+        json.loads((tmp_path / "model_index.json").read_text())["scheduler"][1] == "UniPCMultistepScheduler"
+    )
 
 
 def test_the_shipped_teacher_opens_in_diffusers():

@@ -19,7 +19,11 @@ from fastdmd.train import train
 CPU = torch.device("cpu")
 # two encoders of 8 and 12, a projection to 6
 ARCHITECTURE = replace(
-    TINY, in_channels=4, out_channels=4, cross_attention_dim=20, projection_class_embeddings_input_dim=6 + 6 * 4
+    TINY,
+    in_channels=4,
+    out_channels=4,
+    cross_attention_dim=20,
+    projection_class_embeddings_input_dim=6 + 6 * 4,
 )
 PROMPTS = ["a red fox", "some blue sea and much more than that", "", "fox"]
 RUN = """
@@ -111,8 +115,12 @@ def test_text_is_that_of_the_stock_pipeline(pipe, folder):
     empty = torch.tensor([prompt == "" for prompt in PROMPTS])
     cond = encode(PROMPTS)
     assert cond.text.shape == (4, 77, 8 + 12)
-    torch.testing.assert_close(cond.text, torch.where(empty[:, None, None], uncond, text), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(cond.pooled, torch.where(empty[:, None], uncond_pooled, pooled), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        cond.text, torch.where(empty[:, None, None], uncond, text), rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(
+        cond.pooled, torch.where(empty[:, None], uncond_pooled, pooled), rtol=1e-5, atol=1e-5
+    )
     assert cond.time_ids is None  # the world's
     assert torch.pdist(cond.pooled).min() > 1e-2
     # a batch of its own gives the same

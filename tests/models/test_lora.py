@@ -47,7 +47,9 @@ def wan():
     return randomized(Wan(WAN)), (x_t, torch.tensor([1000.0, 500.0, 20.0]), Cond(torch.randn(3, 7, 24)))
 
 
-NETS = pytest.mark.parametrize(("make", "targets"), [(sdxl, SDXL_TARGETS), (wan, WAN_TARGETS)], ids=["sdxl", "wan"])
+NETS = pytest.mark.parametrize(
+    ("make", "targets"), [(sdxl, SDXL_TARGETS), (wan, WAN_TARGETS)], ids=["sdxl", "wan"]
+)
 
 
 def adapted(make, targets, seed=0):
@@ -102,7 +104,9 @@ def test_adapters_are_alpha_over_rank_of_b_a(make, targets):
     for name, value in net.state_dict().items():
         if ".lora_" in name:
             continue
-        a, b = (net.state_dict().get(name.replace("base_layer.weight", f"lora_{s}.default.weight")) for s in "AB")
+        a, b = (
+            net.state_dict().get(name.replace("base_layer.weight", f"lora_{s}.default.weight")) for s in "AB"
+        )
         if "base_layer.weight" in name and a is not None:
             product = torch.einsum("or...,ri...->oi...", b, a)  # B of a convolution is 1 x 1
             value = value + ALPHA / RANK * product
@@ -140,7 +144,10 @@ def test_a_file_of_sdxl_in_a_stock_pipeline(tmp_path):
     loaded = {name for name, _ in theirs.named_parameters() if ".lora_" in name}
     assert len(loaded) == len(lora_parameters(net))
     torch.testing.assert_close(
-        theirs(x_t, model_t, cond.text, added_cond_kwargs=added).sample, net(x_t, model_t, cond).F, rtol=0, atol=1e-4
+        theirs(x_t, model_t, cond.text, added_cond_kwargs=added).sample,
+        net(x_t, model_t, cond).F,
+        rtol=0,
+        atol=1e-4,
     )
 
 
@@ -148,10 +155,14 @@ def test_a_file_of_wan_in_a_stock_transformer(tmp_path):
     net, (x_t, model_t, cond) = adapted(wan, WAN_TARGETS)
     export_lora(tmp_path / "lora.safetensors", lora_parameters(net), RANK, ALPHA, prefix="transformer.")
     theirs = WanTransformer3DModel(**vars(WAN))
-    base = {name.replace("base_layer.", ""): v for name, v in net.state_dict().items() if ".lora_" not in name}
+    base = {
+        name.replace("base_layer.", ""): v for name, v in net.state_dict().items() if ".lora_" not in name
+    }
     theirs.load_state_dict(base)
     theirs.load_lora_adapter(load_file(tmp_path / "lora.safetensors"), prefix="transformer")
-    torch.testing.assert_close(theirs(x_t, model_t, cond.text).sample, net(x_t, model_t, cond).F, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        theirs(x_t, model_t, cond.text).sample, net(x_t, model_t, cond).F, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_adapters_are_cast_with_their_network():

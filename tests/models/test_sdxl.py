@@ -14,7 +14,10 @@ from fastdmd.models.net import Call, cast
 from fastdmd.models.sdxl.net import SDXL, SDXLConfig, guidance_embedding
 
 TINY = replace(
-    UNET, transformer_layers_per_block=(1, 2), cross_attention_dim=12, projection_class_embeddings_input_dim=10 + 6 * 4
+    UNET,
+    transformer_layers_per_block=(1, 2),
+    cross_attention_dim=12,
+    projection_class_embeddings_input_dim=10 + 6 * 4,
 )
 TOLD = replace(TINY, time_cond_proj_dim=14)  # with a guidance embedding
 
@@ -60,9 +63,9 @@ def test_equals_the_stock_call(config):
     F = ours(x_t, model_t, cond).F
     told = None if cond.guidance is None else guidance_embedding(cond.guidance, 14)
     added = {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
-    reference = theirs(x_t, model_t.long(), cond.text, timestep_cond=told, added_cond_kwargs=added, return_dict=False)[
-        0
-    ]
+    reference = theirs(
+        x_t, model_t.long(), cond.text, timestep_cond=told, added_cond_kwargs=added, return_dict=False
+    )[0]
     torch.testing.assert_close(F, reference, rtol=0, atol=0)
 
 
@@ -121,8 +124,12 @@ def test_guidance_is_embedded_as_the_stock_pipeline_does(dim):
     """Its guidance_scale is our w; what it embeds is one less."""
     w = torch.tensor([1.0, 1.5, 4.0, 15.0])
     theirs = StableDiffusionXLPipeline.get_guidance_scale_embedding(None, w - 1, embedding_dim=dim)  # type: ignore[arg-type]
-    torch.testing.assert_close(guidance_embedding(w, dim), theirs, rtol=0, atol=2e-3)  # float32 angles up to 14,000
-    assert torch.equal(guidance_embedding(w, dim)[0, : dim // 2], torch.zeros(dim // 2))  # sines of 0 at w = 1
+    torch.testing.assert_close(
+        guidance_embedding(w, dim), theirs, rtol=0, atol=2e-3
+    )  # float32 angles up to 14,000
+    assert torch.equal(
+        guidance_embedding(w, dim)[0, : dim // 2], torch.zeros(dim // 2)
+    )  # sines of 0 at w = 1
 
 
 def test_a_stock_pipeline_tells_the_same_at_guidance_scale_w():
@@ -133,7 +140,9 @@ def test_a_stock_pipeline_tells_the_same_at_guidance_scale_w():
         scheduler=LCMScheduler(),
     )  # type: ignore[arg-type]  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
-    net.unet.register_forward_hook(lambda _, args, kwargs, out: calls.append((args, kwargs, out)), with_kwargs=True)
+    net.unet.register_forward_hook(
+        lambda _, args, kwargs, out: calls.append((args, kwargs, out)), with_kwargs=True
+    )
     x_t, _, cond = inputs(TOLD, B=1)
     pipe(
         prompt_embeds=cond.text, pooled_prompt_embeds=cond.pooled, latents=x_t, guidance_scale=w,
@@ -159,7 +168,9 @@ def test_a_guidance_embedding_starts_at_zero():
 @pytest.mark.parametrize(("config", "w"), [(TOLD, None), (TINY, torch.ones(3))], ids=["untold", "told"])
 def test_guidance_without_its_embedding_is_refused(config, w):
     x_t, model_t, cond = inputs(config)
-    with pytest.raises(ValueError, match=r"time_cond_proj_dim.*Cond.guidance|Cond.guidance.*time_cond_proj_dim"):
+    with pytest.raises(
+        ValueError, match=r"time_cond_proj_dim.*Cond.guidance|Cond.guidance.*time_cond_proj_dim"
+    ):
         SDXL(config)(x_t, model_t, replace(cond, guidance=w))
 
 
@@ -173,10 +184,18 @@ def test_a_video_world_s_cond_is_refused():
     ("values", "key", "message"),
     [
         ({"attention_head_dim": (1,)}, "attention_head_dim", "1 values for 2 levels"),
-        ({"down_block_types": ("DownBlock2D", "AttnDownBlock2D")}, "down_block_types", "'AttnDownBlock2D' is not"),
+        (
+            {"down_block_types": ("DownBlock2D", "AttnDownBlock2D")},
+            "down_block_types",
+            "'AttnDownBlock2D' is not",
+        ),
         ({"norm_num_groups": 3}, "norm_num_groups", "does not divide"),
         ({"attention_head_dim": (1, 3)}, "attention_head_dim", "3 heads do not divide 16"),
-        ({"projection_class_embeddings_input_dim": 24}, "projection_class_embeddings_input_dim", "leaves nothing"),
+        (
+            {"projection_class_embeddings_input_dim": 24},
+            "projection_class_embeddings_input_dim",
+            "leaves nothing",
+        ),
         ({"norm_num_groups": 0}, "norm_num_groups", "0 is not positive; SDXL uses 32"),
         ({"block_out_channels": (8, 0)}, "block_out_channels", "is not positive"),
     ],
@@ -203,7 +222,9 @@ def test_cast_rounds_all_and_keeps_masters():
     x_t, model_t, cond = batch
     added = {"text_embeds": cond.pooled.bfloat16(), "time_ids": cond.time_ids}
     told = guidance_embedding(cond.guidance, 14).bfloat16()
-    reference = theirs(x_t.bfloat16(), model_t, cond.text.bfloat16(), timestep_cond=told, added_cond_kwargs=added)
+    reference = theirs(
+        x_t.bfloat16(), model_t, cond.text.bfloat16(), timestep_cond=told, added_cond_kwargs=added
+    )
     F = net(*batch).F
     assert torch.equal(F, reference.sample)
     assert 0 < (F.float() - exact).norm() / exact.norm() < 0.1

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    LCMScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from test_sdxl import TINY, TOLD, inputs, randomized, stock
 
 from fastdmd.batch import Cond
@@ -44,7 +50,9 @@ def edit_json(file, **values):
 
 
 def same(a, b):
-    return a.keys() == b.keys() and all(a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
+    return a.keys() == b.keys() and all(
+        a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a
+    )
 
 
 def opened(folder) -> StableDiffusionXLPipeline:
@@ -124,7 +132,10 @@ def test_a_guidance_embedding_is_kept(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"_class_name": "WanTransformer3DModel"}, "is a WanTransformer3DModel.*name a diffusers folder of SDXL"),
+        (
+            {"_class_name": "WanTransformer3DModel"},
+            "is a WanTransformer3DModel.*name a diffusers folder of SDXL",
+        ),
         ({"addition_embed_type": None}, "addition_embed_type = None, and SDXL 'text_time'"),
         ({"encoder_hid_dim": 4096}, "encoder_hid_dim = 4096.*name an SDXL"),
         ({"up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}, "no mirror of its down_block_types"),
@@ -173,7 +184,10 @@ def test_the_noise_table_is_that_of_diffusers(tmp_path, beta_schedule, predictio
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule = 'squaredcos_cap_v2' is not one of scaled_linear"),
+        (
+            {"beta_schedule": "squaredcos_cap_v2"},
+            "beta_schedule = 'squaredcos_cap_v2' is not one of scaled_linear",
+        ),
         ({"prediction_type": "sample"}, "prediction_type = 'sample' is not one of epsilon"),
         ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
@@ -217,7 +231,9 @@ def test_an_exported_teacher_in_a_stock_pipeline_is_our_solver(tmp_path, predict
     ).images  # fmt: skip
     schedule = noise.schedule()
     with torch.no_grad():
-        ours = ode(guided(Denoiser(net, schedule), nothing, w), schedule, x, schedule.solver_grid(steps), told)
+        ours = ode(
+            guided(Denoiser(net, schedule), nothing, w), schedule, x, schedule.solver_grid(steps), told
+        )
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
 
 
@@ -266,7 +282,12 @@ def test_scheduler_rounds_as_the_network_is_told():
 
 @pytest.mark.parametrize(
     "timesteps",
-    [[1000, 900, 500], [1000, 900, 500, 250], [1000, 900, 600, 320, 200, 100], [1000 - 16 * n for n in range(60)]],
+    [
+        [1000, 900, 500],
+        [1000, 900, 500, 250],
+        [1000, 900, 600, 320, 200, 100],
+        [1000 - 16 * n for n in range(60)],
+    ],
     ids=len,
 )
 def test_scheduler_refuses_other_lists_and_names_one_that_it_takes(timesteps):
@@ -278,7 +299,9 @@ def test_scheduler_refuses_other_lists_and_names_one_that_it_takes(timesteps):
 
 def test_export_copies_what_the_source_has(tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
-    AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=3).save_pretrained(source / "vae")
+    AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=3).save_pretrained(
+        source / "vae"
+    )
     (source / "model_index.json").write_text(json.dumps({"vae": ["diffusers", "AutoencoderTiny"]}))
     sdxl_folder.export(out, TINY, SDXL(TINY).state_dict(), lcm([1000, 500]), source)
     index = json.loads((out / "model_index.json").read_text())

@@ -140,7 +140,9 @@ def test_each_role_has_the_attention_that_it_is_given(tmp_path):
 
 
 def test_a_run_warms_up_trains_its_gates_and_resumes_at_its_sparsity(tmp_path):
-    config = make_config(tmp_path, "dmd", *ALL, "vsa.warmup_every=2", "vsa.warmup_step=0.2", "run.max_steps=5")
+    config = make_config(
+        tmp_path, "dmd", *ALL, "vsa.warmup_every=2", "vsa.warmup_step=0.2", "run.max_steps=5"
+    )
     run = build(config)
     seen = []
     for _ in range(5):

@@ -35,7 +35,9 @@ LIKE_DIFFUSERS = [
     pytest.param(replace(TINY, num_attention_heads=12, attention_head_dim=16), LATENT, id="K16"),
     # an eps that shows, no norm2, patches that tell all three axes apart
     pytest.param(
-        replace(TINY, attention_head_dim=20, eps=0.1, cross_attn_norm=False, patch_size=(2, 1, 3), out_channels=5),
+        replace(
+            TINY, attention_head_dim=20, eps=0.1, cross_attn_norm=False, patch_size=(2, 1, 3), out_channels=5
+        ),
         (6, 5, 9),
         id="odd",
     ),
@@ -128,7 +130,9 @@ def test_rope_table_equals_complex_powers(K):
             for n, dim in zip(places[token], (K - 2 * side, side, side), strict=True)
             for i in range(dim // 2)
         ]
-        rotation = torch.polar(torch.ones(K // 2, dtype=torch.float64), torch.tensor(angles, dtype=torch.float64))
+        rotation = torch.polar(
+            torch.ones(K // 2, dtype=torch.float64), torch.tensor(angles, dtype=torch.float64)
+        )
         pairs = torch.complex(cos[row, 0], sin[row, 0]).to(torch.complex128).view(-1, 2)
         torch.testing.assert_close(pairs[:, 1], rotation, rtol=0.0, atol=1e-7)
         torch.testing.assert_close(pairs[:, 0], rotation.conj(), rtol=0.0, atol=1e-7)
@@ -138,10 +142,15 @@ def test_rope_table_equals_complex_powers(K):
 def test_rotate_is_a_complex_product(dtype):
     """Value and gradient; of bfloat16 rounded once."""
     x = torch.randn(2, 30, 3, 12, dtype=torch.float64, requires_grad=True)
-    rope, dy = rope_table((3, 2, 5), 12, None, torch.device("cpu")), torch.randn(2, 30, 3, 12, dtype=torch.float64)
+    rope, dy = (
+        rope_table((3, 2, 5), 12, None, torch.device("cpu")),
+        torch.randn(2, 30, 3, 12, dtype=torch.float64),
+    )
     rotation = torch.complex(rope[0, ..., ::2], rope[1, ..., 1::2]).to(torch.complex128)
     rounded = x.to(dtype)
-    y = torch.view_as_real(torch.view_as_complex(rounded.double().unflatten(-1, (-1, 2))) * rotation).flatten(-2)
+    y = torch.view_as_real(torch.view_as_complex(rounded.double().unflatten(-1, (-1, 2))) * rotation).flatten(
+        -2
+    )
     z = rotate(rounded, rope)
     assert z.dtype == dtype
     tight = {"rtol": 0.0, "atol": 1e-15} if dtype == torch.float64 else {"rtol": 2**-8, "atol": 1e-6}
@@ -216,7 +225,9 @@ def test_cast_rounds_what_diffusers_rounds(tmp_path):
     exact = net(*batch).F
 
     masters = cast(net, torch.bfloat16)
-    assert {n: p.dtype for n, p in net.named_parameters()} == {n: p.dtype for n, p in theirs.named_parameters()}
+    assert {n: p.dtype for n, p in net.named_parameters()} == {
+        n: p.dtype for n, p in theirs.named_parameters()
+    }
     assert masters.keys() == {name for name, p in net.named_parameters() if p.dtype == torch.bfloat16}
     for name, p in net.named_parameters():
         assert torch.equal(p, before[name].to(p.dtype))
@@ -239,7 +250,12 @@ def test_cast_to_float32_keeps_all():
 def test_flops_equal_the_counter(tile):
     config = replace(TINY, out_channels=6)
     with torch.device("meta"):  # on the CPU attention is one op that the counter does not know
-        net, x_t, model_t, text = Wan(config, tile), torch.empty(3, 4, *LATENT), torch.empty(3), torch.empty(3, 7, 24)
+        net, x_t, model_t, text = (
+            Wan(config, tile),
+            torch.empty(3, 4, *LATENT),
+            torch.empty(3),
+            torch.empty(3, 7, 24),
+        )
     call = Call(attention=net.attention(x_t.shape, 0.7))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(x_t, model_t, Cond(text), call)
@@ -292,7 +308,9 @@ def test_a_step_of_dmd_has_no_float64_and_no_sync(dtype, tile, guidance, critic_
     config = DMD.Config(
         name="dmd", denoising_timesteps=(1000, 757, 522), guidance=guidance, critic_guidance=critic_guidance
     )
-    method = DMD(config, FlowSchedule(5.0), rollout=RolloutConfig(grad_frames=grad_frames), critic=CriticConfig())
+    method = DMD(
+        config, FlowSchedule(5.0), rollout=RolloutConfig(grad_frames=grad_frames), critic=CriticConfig()
+    )
     nets = {}
     for role in config.roles:
         with torch.device("meta"):

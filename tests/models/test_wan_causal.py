@@ -100,7 +100,9 @@ def test_a_block_s_gradient_stops_at_what_is_held(net):
         net(x[:, :, 3:] + 1, 1000 * t[:, 2], cond, Call(cache=cache, write=True))
     in_turn(net, x + 2, t, cond)
     got = gradients(net, F)
-    held, leaking = (reference.velocity(net, x, t[:, NUMBERS], cond.text, NUMBERS, held=n)[:, :, 3:] for n in (3, 0))
+    held, leaking = (
+        reference.velocity(net, x, t[:, NUMBERS], cond.text, NUMBERS, held=n)[:, :, 3:] for n in (3, 0)
+    )
     assert relative(F, held) <= 1e-10
     assert far(got, gradients(net, held)) <= 1e-10
     assert far(got, gradients(net, leaking)) > 0.3

@@ -14,7 +14,10 @@ from fastdmd.schedule import VPSchedule
 
 COND_PROJ = "unet.time_embedding.cond_proj.weight"
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}  # diffusers' names, ours
-LEVELS = ("transformer_layers_per_block", "attention_head_dim")  # diffusers takes one number for all levels too
+LEVELS = (
+    "transformer_layers_per_block",
+    "attention_head_dim",
+)  # diffusers takes one number for all levels too
 COMPONENTS = {
     "text_encoder": ["transformers", "CLIPTextModel"],
     "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
@@ -46,15 +49,22 @@ def read_noise(folder: Path) -> Noise:
     """Of `folder/scheduler`; ValueError for a table or a prediction that there is none of here."""
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
-        raise ValueError(f"{folder} has no scheduler/scheduler_config.json, which says the noise; name an SDXL")
+        raise ValueError(
+            f"{folder} has no scheduler/scheduler_config.json, which says the noise; name an SDXL"
+        )
     raw = component.read_json(path)
     noise = Noise(**component.known(raw, Noise))
-    for key, values in {"beta_schedule": ("scaled_linear", "linear"), "prediction_type": tuple(PREDICTIONS)}.items():
+    for key, values in {
+        "beta_schedule": ("scaled_linear", "linear"),
+        "prediction_type": tuple(PREDICTIONS),
+    }.items():
         if (value := getattr(noise, key)) not in values:
             raise ValueError(f"{path}: {key} = {value!r} is not one of {', '.join(values)}; name an SDXL")
     for key in ("trained_betas", "rescale_betas_zero_snr"):
         if raw.get(key):
-            raise ValueError(f"{path}: {key} = {raw[key]!r} gives a noise table of another kind; name an SDXL")
+            raise ValueError(
+                f"{path}: {key} = {raw[key]!r} gives a noise table of another kind; name an SDXL"
+            )
     return noise
 
 
@@ -77,12 +87,16 @@ def read_config(folder: Path) -> SDXLConfig:
             f"{folder / 'unet' / 'config.json'} has no {', '.join(absent)}; download or save the folder again"
         )
     given = component.known(raw, SDXLConfig)
-    given |= {key: (given[key],) * len(given["block_out_channels"]) for key in LEVELS if isinstance(given[key], int)}
+    given |= {
+        key: (given[key],) * len(given["block_out_channels"]) for key in LEVELS if isinstance(given[key], int)
+    }
     config = SDXLConfig(**given)
     for key, message in config.problems():
         raise ValueError(f"{folder}: unet has {key}: {message}")
     if (ups := raw.get("up_block_types")) != list(config.up_block_types):
-        raise ValueError(f"{folder}: unet has up_block_types = {ups}, no mirror of its down_block_types; name an SDXL")
+        raise ValueError(
+            f"{folder}: unet has up_block_types = {ups}, no mirror of its down_block_types; name an SDXL"
+        )
     return config
 
 
@@ -126,7 +140,9 @@ def ddim_scheduler(noise: Noise) -> Any:
     """diffusers' solver of a many-step model: `sampler.ode` on `VPSchedule.solver_grid`, where steps divide 1,000."""
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-    return DDIMScheduler(**asdict(noise), clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing")
+    return DDIMScheduler(
+        **asdict(noise), clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing"
+    )
 
 
 def lcm_scheduler(noise: Noise, times: Sequence[float], schedule: VPSchedule) -> Any:

@@ -48,7 +48,9 @@ class TextEncoder:
 
     def _encode(self, tokenizer: Any, model: Any, prompts: list[str]) -> Any:
         length = tokenizer.model_max_length
-        tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        tokens = tokenizer(
+            prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
         # no mask: CLIP saw its padding in training
         return model(tokens.input_ids.to(self.device), output_hidden_states=True)
 

@@ -112,10 +112,16 @@ class SDXLConfig:
                 yield key, f"{value} is not positive; SDXL uses {getattr(SDXLConfig, key)}"
                 return  # by which the rest would divide
         if any(width % self.norm_num_groups for width in self.block_out_channels):
-            yield "norm_num_groups", f"{self.norm_num_groups} does not divide {list(self.block_out_channels)}; use 8"
+            yield (
+                "norm_num_groups",
+                f"{self.norm_num_groups} does not divide {list(self.block_out_channels)}; use 8",
+            )
         for width, heads in zip(self.block_out_channels, self.attention_head_dim, strict=False):
             if width % heads:
-                yield "attention_head_dim", f"{heads} heads do not divide {width} channels; use a number that does"
+                yield (
+                    "attention_head_dim",
+                    f"{heads} heads do not divide {width} channels; use a number that does",
+                )
         if self.pooled_dim < 1:
             least = TIME_IDS * self.addition_time_embed_dim
             yield (
@@ -131,7 +137,9 @@ def guidance_embedding(w: Tensor, dim: int) -> Tensor:
     As LCM (2310.04378) trains it: of 1000 g for the g of its `cond + g (cond - uncond)`, which is w - 1.
     """
     half = dim // 2
-    freq = torch.exp(torch.arange(half, device=w.device, dtype=torch.float32) * (-math.log(10000.0) / (half - 1)))
+    freq = torch.exp(
+        torch.arange(half, device=w.device, dtype=torch.float32) * (-math.log(10000.0) / (half - 1))
+    )
     angle = 1000 * (w.float() - 1)[:, None] * freq
     return torch.cat([angle.sin(), angle.cos(), angle.new_zeros(len(w), dim % 2)], dim=1)
 
@@ -172,7 +180,9 @@ class SDXL(Net):
         assert not call.blocks, "SDXL makes images"
         dtype = self.unet.conv_in.weight.dtype
         if cond.pooled is None or cond.time_ids is None:
-            raise ValueError("SDXL needs Cond.pooled and Cond.time_ids beside the text; this world gives neither")
+            raise ValueError(
+                "SDXL needs Cond.pooled and Cond.time_ids beside the text; this world gives neither"
+            )
         embedding = self._guidance_embedding(cond.guidance)
         with self._kept(call.layers) as maps:
             (F,) = self.unet(

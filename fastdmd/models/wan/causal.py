@@ -25,12 +25,15 @@ class KVCache:
     It is as long as the whole video from the start, is filled from the front, and serves the next video again.
     """
 
-    def __init__(self, config: WanConfig, B: int, grid: Grid, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: WanConfig, B: int, grid: Grid, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.fits = (B, grid, dtype, device)
         self.grid = grid
         shape = (B, math.prod(grid), config.num_attention_heads, config.attention_head_dim)
         self.k, self.v = (
-            [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)] for _ in range(2)
+            [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+            for _ in range(2)
         )
         self.current: Video | None = None  # that it serves
 

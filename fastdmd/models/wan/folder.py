@@ -45,7 +45,9 @@ def read_config(folder: Path) -> WanConfig:
             f"{folder / 'transformer' / 'config.json'} has no {', '.join(absent)}; download or save the folder again"
         )
     config = WanConfig(**given)
-    if config.in_channels != config.out_channels:  # the rest is an image (Wan 2.2 image-to-video has no other mark)
+    if (
+        config.in_channels != config.out_channels
+    ):  # the rest is an image (Wan 2.2 image-to-video has no other mark)
         raise ValueError(
             f"{folder}: transformer has in_channels = {config.in_channels} but out_channels = {config.out_channels}; "
             "name a text-to-video Wan 2.1"
@@ -135,7 +137,9 @@ def make_scheduler(times: Sequence[float] | None, schedule: FlowSchedule, source
     return UniPCMultistepScheduler(**flow, flow_shift=schedule.flow_shift)
 
 
-def export(folder: Path, config: WanConfig, weights: Mapping[str, Tensor], scheduler: Any, source: Path | None) -> None:
+def export(
+    folder: Path, config: WanConfig, weights: Mapping[str, Tensor], scheduler: Any, source: Path | None
+) -> None:
     """A diffusers pipeline folder; text encoder, tokenizer and VAE are copied from `source` where it has them."""
     from diffusers import __version__
 

@@ -54,7 +54,10 @@ class WanConfig:
         for name, value in vars(self).items():
             least = min(value) if isinstance(value, tuple) else value
             if least <= 0 and value is not False:
-                yield name, f"{list(value) if isinstance(value, tuple) else value} is not positive; use 1 or more"
+                yield (
+                    name,
+                    f"{list(value) if isinstance(value, tuple) else value} is not positive; use 1 or more",
+                )
             elif name in ("attention_head_dim", "freq_dim") and least % 2:
                 yield name, f"{least} is odd; use {least + 1}, as channels turn in pairs"
 
@@ -98,7 +101,9 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 def time_frequencies(model_t: Tensor, dim: int) -> Tensor:
     """Sinusoidal embedding of times [B] -> float32 [B, dim], cosines first."""
     half = dim // 2
-    freq = torch.exp(torch.arange(half, device=model_t.device, dtype=torch.float32) * (-math.log(10000.0) / half))
+    freq = torch.exp(
+        torch.arange(half, device=model_t.device, dtype=torch.float32) * (-math.log(10000.0) / half)
+    )
     angle = model_t.float()[:, None] * freq
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
@@ -191,7 +196,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(D, eps=config.eps) if config.cross_attn_norm else nn.Identity()
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, D) / D**0.5)
 
-    def forward(self, x: Tensor, text: Tensor, modulation: Tensor, rope: Tensor, attention: SelfAttention) -> Tensor:
+    def forward(
+        self, x: Tensor, text: Tensor, modulation: Tensor, rope: Tensor, attention: SelfAttention
+    ) -> Tensor:
         """Return the tokens after the block.
 
         x [B, L, D], text [B, S, D], modulation [B, 6, M, D]; normalisation, modulation, residuals in float32."""

@@ -202,7 +202,14 @@ class Wan(Net):
             tiles = sparse.tiles
             pairs = tiles.n * sparse.topk * tiles.slots**2 + tiles.n**2
         own = 4 if sparse is None else 5  # projections of self-attention; the gate is one more
-        block = L * own * D * D + 2 * pairs * D + L * 2 * D * D + S * 2 * D * D + 2 * L * S * D + 2 * L * D * c.ffn_dim
+        block = (
+            L * own * D * D
+            + 2 * pairs * D
+            + L * 2 * D * D
+            + S * 2 * D * D
+            + 2 * L * S * D
+            + 2 * L * D * c.ffn_dim
+        )
         ends = L * D * patch * (c.in_channels + c.out_channels) + S * (c.text_dim + D) * D
         time = c.freq_dim * D + 7 * D * D
         return 2 * B * (c.num_layers * block + ends + time)

@@ -34,7 +34,9 @@ def _check_mask(mask: Tensor, like: Tensor) -> None:
         m in (1, n) for m, n in zip(reversed(mask.shape), reversed(like.shape), strict=False)
     )
     if mask.dtype != torch.bool or not fits:
-        raise ValueError(f"mask {list(mask.shape)} {mask.dtype}: want bool, broadcastable to {list(like.shape)}")
+        raise ValueError(
+            f"mask {list(mask.shape)} {mask.dtype}: want bool, broadcastable to {list(like.shape)}"
+        )
 
 
 def dmd_loss(

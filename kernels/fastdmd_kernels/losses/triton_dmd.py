@@ -104,7 +104,9 @@ def _dmd_reduce(
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _dmd_finish(part_ptr, b_ptr, s_b, b_value, loss_ptr, metrics_ptr, stats_ptr, B, n, chunks, CHUNKS: tl.constexpr):
+def _dmd_finish(
+    part_ptr, b_ptr, s_b, b_value, loss_ptr, metrics_ptr, stats_ptr, B, n, chunks, CHUNKS: tl.constexpr
+):
     """Write loss, metrics [3] and stats [B + 1] in one program.
 
     The stats are each sample's normaliser, then the number of elements that count.

@@ -66,7 +66,11 @@ def load_keep(mask_ptr, m_b, m_0, m_1, m_2, mid, inner, b, o, n, WIDE: tl.conste
     if mask_ptr is not None:
         i = o if WIDE else o.to(tl.int32)  # a 64-bit division is many times dearer
         rest = i // inner
-        offset = (rest // mid).to(tl.int64) * m_0 + (rest % mid).to(tl.int64) * m_1 + (i % inner).to(tl.int64) * m_2
+        offset = (
+            (rest // mid).to(tl.int64) * m_0
+            + (rest % mid).to(tl.int64) * m_1
+            + (i % inner).to(tl.int64) * m_2
+        )
         keep = tl.load(mask_ptr + b * m_b + offset, mask=keep, other=0) != 0
     return keep
 
@@ -188,8 +192,12 @@ def specs_of(op: str, kernels: tuple[Any, ...], given: Mapping[str, object]) -> 
         for kernel in kernels:
             if dtype != "fp32" and not scores.keys() & set(kernel.arg_names):
                 continue  # it reads partial sums
-            known = {name: value for name, value in {"w_ptr": None, **given}.items() if name in kernel.arg_names}
-            signature = {name: "constexpr" if name in known else _type(name, scores) for name in kernel.arg_names}
+            known = {
+                name: value for name, value in {"w_ptr": None, **given}.items() if name in kernel.arg_names
+            }
+            signature = {
+                name: "constexpr" if name in known else _type(name, scores) for name in kernel.arg_names
+            }
             yield Spec(op, kernel, dtype, 0, signature, known, OPTIONS, False, False, unaligned=COUNTS)
 
 

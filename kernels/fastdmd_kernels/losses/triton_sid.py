@@ -232,7 +232,9 @@ def _backward(upstream, stats, x0_g, z, F_fake, F_c, F_u, a, b, w, a_value, b_va
 def _backward_fake(upstream, stats, x0_g, z, F_fake, F_c, F_u, *_):
     grads = [x.new_empty(x.shape) for x in (x0_g, z, F_fake, F_c)]
     # an op cannot return None for the F_u that was left out
-    return *grads, F_c.new_empty(0 if F_u is None else F_u.shape, dtype=F_c.dtype if F_u is None else F_u.dtype)
+    return *grads, F_c.new_empty(
+        0 if F_u is None else F_u.shape, dtype=F_c.dtype if F_u is None else F_u.dtype
+    )
 
 
 def _save(ctx, inputs, output):

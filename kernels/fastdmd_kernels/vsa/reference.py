@@ -68,13 +68,21 @@ def pair(tiles: TilesOrPair) -> tuple[Tiles, Tiles]:
     return (tiles, tiles) if isinstance(tiles, Tiles) else tiles
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, q_tiles: Tiles, k_tiles: Tiles, topk: int) -> None:
+def check(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, q_tiles: Tiles, k_tiles: Tiles, topk: int
+) -> None:
     """Raise ValueError, with the shapes, for what the op cannot do."""
 
     def refuse(why: str) -> ValueError:
         return ValueError(f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}: {why}")
 
-    if q.ndim != 4 or k.ndim != 4 or v.shape != k.shape or k.shape[0] != q.shape[0] or k.shape[2:] != q.shape[2:]:
+    if (
+        q.ndim != 4
+        or k.ndim != 4
+        or v.shape != k.shape
+        or k.shape[0] != q.shape[0]
+        or k.shape[2:] != q.shape[2:]
+    ):
         raise refuse("needed are q [B, Lq, N, K], k and v [B, Lk, N, K]")
     if min(q.shape) < 1:
         raise refuse("nothing to attend to")

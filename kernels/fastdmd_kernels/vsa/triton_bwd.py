@@ -224,7 +224,9 @@ def fine_bwd(
         dout = dout.contiguous()
     check_tokens(dout=dout, q=q, k=k, v=v, out=out)
     if dout.shape != q.shape or dout.dtype != q.dtype or out.shape != q.shape or not out.is_contiguous():
-        raise ValueError(f"dout {list(dout.shape)} {dout.dtype}, out {list(out.shape)}, q {list(q.shape)} {q.dtype}")
+        raise ValueError(
+            f"dout {list(dout.shape)} {dout.dtype}, out {list(out.shape)}, q {list(q.shape)} {q.dtype}"
+        )
     tokens = (dout, q, k, v)
     dq, delta, share = _queries(tokens, out, lse, lists, row_start_q, n_valid_q)
     offsets, entries = invert(lists, row_start_k, len(row_start_q))
@@ -340,7 +342,9 @@ def specs(target: str) -> Iterator[Spec]:
             for op, kernel in (("vsa_bwd_dq", _vsa_bwd_dq), ("vsa_bwd_dkdv", _vsa_bwd_dkdv)):
                 constexprs, options = config(op, target, dtype, K)
                 desc = constexprs["USE_DESC"]
-                types = dict.fromkeys(pointers, "*i32") | dict.fromkeys(("Lq", "Lk", "nq", "topk", "capacity"), "i32")
+                types = dict.fromkeys(pointers, "*i32") | dict.fromkeys(
+                    ("Lq", "Lk", "nq", "topk", "capacity"), "i32"
+                )
                 types |= dict.fromkeys(("lse_ptr", "delta_ptr", "share_ptr"), "*fp32") | {"scale": "fp32"}
                 types |= dict.fromkeys(("out_ptr", "dq_ptr", "dk_ptr", "dv_ptr"), f"*{dtype}")
                 types |= {name: token_type(dtype, K, desc) for name in ("do", "q", "k", "v")}

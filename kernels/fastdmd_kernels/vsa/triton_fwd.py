@@ -107,7 +107,9 @@ def fine_fwd(
     check_tokens(q=q, k=k, v=v)
     B, L, N, K = q.shape
     if k.shape != v.shape or (k.shape[0], *k.shape[2:]) != (B, N, K) or not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q {list(q.shape)} {q.dtype}, k {list(k.shape)} {k.dtype}, v {list(v.shape)} {v.dtype}")
+        raise ValueError(
+            f"q {list(q.shape)} {q.dtype}, k {list(k.shape)} {k.dtype}, v {list(v.shape)} {v.dtype}"
+        )
     nq, topk = lists.shape[2:]
     out = torch.empty(B, L, N, K, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, N, nq, BLOCK, dtype=torch.float32, device=q.device)
@@ -142,7 +144,9 @@ def specs(target: str) -> Iterator[Spec]:
             types = {name: token_type(dtype, K, constexprs["USE_DESC"]) for name in "qkv"}
             types |= {"out_ptr": f"*{dtype}", "lse_ptr": "*fp32", "scale": "fp32"}
             types |= dict.fromkeys(("lists_ptr", "row_start_ptr", "n_valid_ptr"), "*i32")
-            types |= dict.fromkeys(("Lq", "Lk", "topk"), "i32") | {f"s_{x}{dim}": "i32" for x in "qkv" for dim in "bln"}
+            types |= dict.fromkeys(("Lq", "Lk", "topk"), "i32") | {
+                f"s_{x}{dim}": "i32" for x in "qkv" for dim in "bln"
+            }
             yield Spec(
                 op="vsa_fwd",
                 kernel=_vsa_fwd,

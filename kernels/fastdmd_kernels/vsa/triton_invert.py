@@ -99,7 +99,9 @@ def invert(lists: Tensor, row_start_k: Tensor, nq: int) -> tuple[Tensor, Tensor]
         **options,
     )
     offsets = counts.cumsum(-1, dtype=torch.int32)
-    _vsa_fill[(nk, B * N)](bits, offsets, entries, words, nq * topk, WORDS=triton.next_power_of_2(words), **options)
+    _vsa_fill[(nk, B * N)](
+        bits, offsets, entries, words, nq * topk, WORDS=triton.next_power_of_2(words), **options
+    )
     return offsets, entries
 
 

@@ -20,7 +20,9 @@ from fastdmd_kernels.vsa.triton_tokens import BLOCK, NAMES, check_tokens, load_t
 
 
 @triton.jit
-def _vsa_pool(x_ptr, mean_ptr, row_start_ptr, n_valid_ptr, s_b, s_l, s_n, BLOCK: tl.constexpr, K: tl.constexpr):
+def _vsa_pool(
+    x_ptr, mean_ptr, row_start_ptr, n_valid_ptr, s_b, s_l, s_n, BLOCK: tl.constexpr, K: tl.constexpr
+):
     h, tile, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     N, n = tl.num_programs(0), tl.num_programs(1)
     row, n_valid = tl.load(row_start_ptr + tile), tl.load(n_valid_ptr + tile)
