@@ -1,6 +1,7 @@
 """The command line. Heavy imports are inside the commands: `fastdmd --help` has to answer at once."""
 
 import contextlib
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -17,39 +18,59 @@ app = typer.Typer(
 )
 
 RunFolder = Annotated[Path, typer.Argument(help="A run's folder (its output_dir).")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value, values in TOML syntax.")]
 USER_ERROR, DIVERGED, INTERRUPTED = 2, 1, 130
 
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """What the user can mend is told in clear lines, without a traceback."""
+    """Print user errors as one line each, without a traceback."""
+    from safetensors import SafetensorError
+    from torch import OutOfMemoryError
+
     try:
         yield
+    except OutOfMemoryError as e:
+        used = str(e).split("\n")[0].split(". ")[0]
+        print(f"error: {used}; lower run.batch_size, or set memory.checkpointing = 'full'", file=sys.stderr)
+        raise typer.Exit(USER_ERROR) from None
+    except SafetensorError as e:
+        print(f"error: a weights file cannot be read ({e}); download or save it again", file=sys.stderr)
+        raise typer.Exit(USER_ERROR) from None
     except (ValueError, OSError) as e:
         for line in str(e).split("\n"):
             print(f"error: {line}", file=sys.stderr)
         raise typer.Exit(USER_ERROR) from None
 
 
+def one_process() -> None:
+    """Raise ValueError when a launcher has started several processes: each would train the same run alone."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world not in ("", "1"):
+        raise ValueError(
+            f"WORLD_SIZE = {world}: several processes are not built yet; start one, without torchrun or accelerate"
+        )
+
+
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="A complete TOML file; see configs/.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="key.path=value, values in TOML syntax.")
-    ] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Distil (or pre-train) as CONFIG says; goes on from the newest checkpoint of its output_dir."""
     from fastdmd import config as configs
+    from fastdmd import run as runs
     from fastdmd import train as trainer
 
     with user_errors():
+        one_process()
         loaded = configs.load(config, overrides or ())
         try:
             run = trainer.train(loaded)
-        except trainer.Diverged as e:
+        except runs.Diverged as e:
             print(f"error: {e}", file=sys.stderr)
             raise typer.Exit(DIVERGED) from None
-        except (trainer.Interrupted, KeyboardInterrupt) as e:
+        except (runs.Interrupted, KeyboardInterrupt) as e:
             again = [] if loaded.checkpoint.resume == "latest" else ['checkpoint.resume="latest"']
             words = shlex.join(["fastdmd", "train", str(config), *(overrides or ()), *again])
             print(f"\n{str(e) or 'interrupted'}\nresume with: {words}", file=sys.stderr)
@@ -63,6 +84,7 @@ def train(
 @app.command()
 def sample(
     run: RunFolder,
+    overrides: Overrides = None,
     prompt: Annotated[
         list[str] | None, typer.Option(help="May be given several times; absent: the validation prompts.")
     ] = None,
@@ -75,42 +97,44 @@ def sample(
         from fastdmd.evaluation import evaluate
         from fastdmd.resume import reopen
 
-        opened = reopen(run)
+        opened = reopen(run, overrides or ())
         folder = evaluate.write_samples(opened, who, prompt or None, out or run / "samples" / "cli", seed)
     print(f"wrote {folder}")
 
 
 @app.command(name="eval")
-def evaluate_run(run: RunFolder) -> None:
+def evaluate_run(run: RunFolder, overrides: Overrides = None) -> None:
     """Score a run's newest checkpoint against its teacher again; writes summary.json and report.html."""
     with user_errors():
         from fastdmd.evaluation import evaluate
         from fastdmd.evaluation.report import table
         from fastdmd.resume import reopen
 
-        evaluate.finish(reopen(run))
+        evaluate.finish(reopen(run, overrides or ()))
     print(table(run))
 
 
 @app.command()
 def export(
     run: RunFolder,
-    out: Annotated[Path, typer.Option(help="The diffusers folder to write.")],
+    overrides: Overrides = None,
+    out: Annotated[str, typer.Option(help="The diffusers folder to write.")] = ...,  # type: ignore[assignment]
+    force: Annotated[bool, typer.Option("--force", help="Replace the folder if it is there.")] = False,
 ) -> None:
     """Write a run's student as a diffusers folder whose scheduler takes its own few steps (a flow model: UniPC)."""
     with user_errors():
         from fastdmd.export import export_student
 
-        export_student(run, out)
+        notes = export_student(run, out, force, overrides or ())
+    for note in notes:
+        print(f"warning: {note}", file=sys.stderr)
     print(f"wrote {out}")
 
 
 @app.command()
 def warm(
     config: Annotated[Path, typer.Argument(help="The TOML file of a run that will start later.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="key.path=value, values in TOML syntax.")
-    ] = None,
+    overrides: Overrides = None,
     target: Annotated[
         str | None, typer.Option(help="sm_90, sm_100, gfx942, ..; absent: this machine's GPU.")
     ] = None,
@@ -129,6 +153,20 @@ def doctor() -> None:
     from fastdmd.doctor import report
 
     print(report())
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)
+    ] = False,
+) -> None:
+    """Few-step distillation of video and image diffusion models."""
+    if show:
+        from importlib.metadata import version
+
+        print(f"fastdmd {version('fastdmd')}")
+        raise typer.Exit
 
 
 def main() -> None:

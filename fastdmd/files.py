@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,25 @@ def make_folder(path: Path) -> None:
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
         fsync_folder(path.parent)
+
+
+@contextmanager
+def written_beside(out: Path) -> Iterator[Path]:
+    """Give a hidden folder beside `out` to write to, and put it in the place of `out` when all is written.
+
+    A process that is killed meanwhile leaves `out` as it was, but for an instant between two renames.
+    """
+    part, old = (out.with_name(f".{out.name}.{kind}") for kind in ("part", "old"))
+    make_folder(out.parent)
+    for left in (part, old):
+        shutil.rmtree(left, ignore_errors=True)
+    part.mkdir()
+    yield part
+    if out.exists():
+        os.rename(out, old)
+    os.rename(part, out)
+    fsync_folder(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

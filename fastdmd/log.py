@@ -1,6 +1,7 @@
 """What a run tells: metrics.jsonl, mirrored to tensorboard and wandb, and one live progress line."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -28,6 +29,11 @@ class Config:
 
 def numbers(values: Mapping[str, float | None]) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
+
+
+def finite(values: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Return the values with None for each that is not finite: JSON has no NaN."""
+    return {name: x if x is not None and math.isfinite(x) else None for name, x in values.items()}
 
 
 class Mirror(Protocol):
@@ -135,7 +141,8 @@ class RunLog:
             mirror.close(failed=kind is not None)
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        values = finite(values)
+        self.file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         self.file.flush()
         for mirror in self.mirrors:
             mirror.write(step, values)

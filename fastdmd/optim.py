@@ -1,7 +1,7 @@
 """Optimizers with float32 master weights, learning-rate schedules, clipping by the global norm, EMA."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -57,6 +57,14 @@ class EMAConfig:
             yield "start_step", f"{self.start_step} is negative; 0 starts at once"
         if self.every < 1:
             yield "every", f"{self.every} is not positive; 1 follows every update of the student"
+
+
+Form = tuple[torch.Size, torch.dtype]
+
+
+def forms(x: Tensor) -> Form:
+    """Return the shape and the dtype of a tensor."""
+    return x.shape, x.dtype
 
 
 def lr_at(config: Config, step: int, max_steps: int) -> float:
@@ -149,6 +157,19 @@ class Optimizer:
         return {
             f"{kind}.{name}": value for name, m in self.masters.items() for kind, value in state[m].items()
         }
+
+    def moment_forms(self, given: Iterable[str]) -> dict[str, Form]:
+        """Return the shapes and dtypes of AdamW's state by "kind.parameter".
+
+        It is of every parameter that has a name among the given: one that never had a gradient has no state.
+        """
+        moved = {name.partition(".")[2] for name in given}
+        wanted: dict[str, Form] = {}
+        for name, master in self.masters.items():
+            if name in moved:
+                wanted |= {f"{kind}.{name}": forms(master) for kind in ("exp_avg", "exp_avg_sq")}
+                wanted[f"step.{name}"] = (torch.Size(), torch.float32)
+        return wanted
 
     @torch.no_grad()
     def load(self, masters: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:

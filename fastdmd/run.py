@@ -17,6 +17,14 @@ from fastdmd.roles import Place, build_nets, roles_of
 from fastdmd.schedule import Schedule
 
 
+class Diverged(RuntimeError):
+    """A loss, a gradient or a state that is not finite; it was not used."""
+
+
+class Interrupted(RuntimeError):
+    """Stopped by a signal, after a checkpoint."""
+
+
 @dataclass
 class Run:
     """Everything that a step needs."""
@@ -61,7 +69,7 @@ def build(config: Config, only: Collection[str] | None = None) -> Run:
 def follow_average(run: Run) -> None:
     """Bring the networks that are the student's average up to it."""
     for role, how in run.config.method.roles.items():
-        if how == "ema":
+        if how == "ema" and role in run.nets:
             assert run.ema
             run.ema.copy_to(run.nets[role].net)
 

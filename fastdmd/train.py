@@ -2,11 +2,13 @@
 
 import json
 import math
+import shlex
 import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,67 +27,77 @@ from fastdmd.log import Progress, RunLog
 from fastdmd.methods.method import mean_metrics
 from fastdmd.resume import restore, save
 from fastdmd.rng import Rng
-from fastdmd.run import Run, build, follow_average, set_sparsity
-
-
-class Diverged(RuntimeError):
-    """A loss or gradient that is not finite; the update was not made."""
-
-
-class Interrupted(RuntimeError):
-    """Stopped by a signal, after a checkpoint."""
+from fastdmd.run import Diverged, Interrupted, Run, build, follow_average, set_sparsity
 
 
 def train(config: Config) -> Run:
     """Run to max_steps, from the newest checkpoint if there is one; Interrupted or Diverged stop it earlier."""
     exported_scheduler(config)  # no days of training for a student that cannot be exported
-    run = build(config)
-    for line in run.method.warnings():
-        print(f"warning: {line}", file=sys.stderr)
-    make_folder(run.folder)
-    with locked(run.folder):
-        restore(run)
-        write_atomic(run.folder / "config.toml", configs.dump(config))
-        max_steps, peak = config.run.max_steps, peak_flops(run.device, config.precision.dtype)
-        log = RunLog(config.logging, run.folder, run.step)
-        with stop_on_signals(run), log:
-            if config.validation.every and run.step == 0:  # what the student's sampler alone is worth
+    folder, last, every = Path(config.run.output_dir), config.run.max_steps, config.validation.every
+    make_folder(folder)
+    with locked(folder):
+        run = start(config, folder)
+        peak = peak_flops(run.device, config.precision.dtype)
+        with stop_on_signals(run), RunLog(config.logging, folder, run.step) as log:
+            if every and run.step == 0:  # what the student's sampler alone is worth
                 validate_step(run, log)
-            with Progress("step", max_steps, run.step) as progress:
-                while run.step < max_steps:
-                    logged = (run.step + 1) % config.logging.every == 0 or run.step + 1 == max_steps
-                    flops = step_flops(run) if logged and peak else None
-                    start = time.perf_counter()
+            with Progress("step", last, run.step) as progress:
+                while run.step < last:
+                    logged = (run.step + 1) % config.logging.every == 0 or run.step + 1 == last
+                    flops = step_flops(run) if logged and peak else 0
+                    began = time.perf_counter()
                     values = take_step(run)
-                    seconds = time.perf_counter() - start
+                    seconds = time.perf_counter() - began
                     run.seconds += seconds
                     run.recent |= values
+                    # Report.
                     if logged:
-                        perf = {"perf/step_s": seconds, "perf/mem_gb": peak_memory_gb(run.device)}
-                        if flops and peak:
-                            perf["perf/mfu"] = flops / seconds / peak
-                        log.write(run.step, run.recent | perf)
-                        run.recent = {}
-                    progress.show(
-                        run.step,
-                        "  ".join(f"{k.split('/')[1]} {v:.4g}" for k, v in values.items() if "loss" in k),
-                    )
-                    if (
-                        config.validation.every
-                        and run.step % config.validation.every == 0
-                        and run.step < max_steps
-                    ):
+                        report(run, log, seconds, flops / seconds / peak if peak else None)
+                    progress.show(run.step, losses(values))
+                    # Validate.
+                    if every and run.step % every == 0 and run.step < last:
                         validate_step(run, log)
+                    # Save. Stop?
                     stop = run.stop  # read once: a signal may come at any moment
-                    if run.step % config.checkpoint.every == 0 or run.step == max_steps or stop:
+                    if run.step % config.checkpoint.every == 0 or run.step == last or stop:
                         log.sync()
                         save(run)
                     if stop:
-                        raise Interrupted(f"stopped at step {run.step} of {max_steps}; checkpoint saved")
+                        raise Interrupted(f"stopped at step {run.step} of {last}; checkpoint saved")
         # a kill may have come between save and prune
-        checkpoint.prune(run.folder / "checkpoints", config.checkpoint.keep)
+        checkpoint.prune(folder / "checkpoints", config.checkpoint.keep)
         finish(run)
     return run
+
+
+def start(config: Config, folder: Path) -> Run:
+    """Build a run and bring it to its newest checkpoint; raise ValueError when it would write over another."""
+    used = checkpoint.complete(folder / "checkpoints") or (folder / "metrics.jsonl").exists()
+    if config.checkpoint.resume is False and used:
+        raise ValueError(
+            f"checkpoint.resume = false: {str(folder)!r} has a run, and nothing is deleted; move it away with "
+            f"{shlex.join(['mv', str(folder), f'{folder}.old'])}, or name another run.output_dir"
+        )
+    run = build(config)
+    for line in run.method.warnings():
+        print(f"warning: {line}", file=sys.stderr)
+    restore(run)
+    write_atomic(folder / "config.toml", configs.dump(configs.resolved(config)))
+    return run
+
+
+def report(run: Run, log: RunLog, seconds: float, mfu: float | None) -> None:
+    """Write the newest value of each metric since the last row, with the cost of the newest step."""
+    perf = {"perf/step_s": seconds, "perf/mem_gb": peak_memory_gb(run.device)}
+    if mfu is not None:
+        perf["perf/mfu"] = mfu
+    log.write(run.step, run.recent | perf)
+    run.recent = {}
+
+
+def losses(values: Mapping[str, float]) -> str:
+    """Return the losses of a step in a line."""
+    return "  ".join(f"{name.split('/')[1]} {value:.4g}" for name, value in values.items() if "loss" in name)
 
 
 def take_step(run: Run) -> dict[str, float]:
@@ -99,14 +111,14 @@ def take_step(run: Run) -> dict[str, float]:
         trained = run.method.trains(phase)
         for role, denoiser in run.nets.items():
             denoiser.learn(role in trained)
-        losses = []
+        parts = []
         for micro, batch, carry in zip(samples, batches, carries, strict=True):
             rng = Rng(config.seed, run.step, f"{phase}{index}", micro, run.device)
             draws = run.method.draw(phase, rng, batch.latent_shape, carry)
             loss, metrics = run.method.loss(phase, run.nets, batch, draws, carry)
             (loss / config.grad_accum).backward()
-            losses.append({f"loss_{phase}": loss.detach(), **metrics})
-        found, samples_of = mean_metrics(losses)
+            parts.append({f"loss_{phase}": loss.detach(), **metrics})
+        found, samples_of = mean_metrics(parts)
         found |= {f"grad_norm_{role}": run.optimizers[role].clip() for role in trained}
         # the one read of the device in a phase: nothing that is not finite may reach the weights
         numbers = torch.stack([*found.values(), *samples_of.values()]).tolist()

@@ -58,7 +58,7 @@ def prove(chain: Sequence[Path], threads: int, here: Line, results: Path) -> Non
         with (folder / "proof.log").open("a", encoding="utf-8") as log, redirect_stderr(log):
             trainer.train(config)
         if path.stem in STARTS_FROM.values():
-            export_student(folder, folder / EXPORT)
+            export_student(folder, folder / EXPORT, force=True)  # of the same run, made anew
         line = {
             "config": path.stem,
             **json.loads((folder / "summary.json").read_text(encoding="utf-8")),

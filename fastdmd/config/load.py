@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,36 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             source.error(tuple(key.split(".")), message)
     source.raise_errors()
     return config
+
+
+def resolved(config: Config) -> Config:
+    """Return the configuration with absolute paths, which opens from anywhere."""
+    return with_paths(config, lambda path: str(Path(path).absolute()))
+
+
+def with_paths(config: Config, change: Callable[[str], str]) -> Config:
+    """Return the configuration with every path in it changed."""
+
+    def changed(table: Any, *names: str) -> Any:
+        if table is None:
+            return None
+        given = {name: getattr(table, name) for name in names}
+        return replace(table, **{name: change(value) for name, value in given.items() if value is not None})
+
+    sources = tuple(source if source == "shapes" else change(source) for source in config.data.sources)
+    resume = config.checkpoint.resume
+    if resume not in ("latest", False):
+        resume = change(str(resume))
+    return replace(
+        config,
+        run=changed(config.run, "output_dir"),
+        model=changed(config.model, "path"),
+        student=changed(config.student, "path"),
+        teacher=changed(config.teacher, "path"),
+        critic=changed(config.critic, "path"),
+        data=replace(config.data, sources=sources),
+        checkpoint=replace(config.checkpoint, resume=resume),
+    )
 
 
 def dump(config: Config) -> str:

@@ -15,7 +15,7 @@ from fastdmd.evaluation.report import write_report
 from fastdmd.evaluation.validate import Sampler
 from fastdmd.files import write_atomic
 from fastdmd.hardware import peak_memory_gb
-from fastdmd.log import RunLog
+from fastdmd.log import RunLog, finite
 from fastdmd.run import Run
 
 Scores = dict[str, float | None]
@@ -115,13 +115,13 @@ def finish(run: Run) -> None:
         x0, scores[who] = validation_sample(run, who)
         keep_pictures(run, who, x0)
     summary = {
-        "scores": scores,
+        "scores": {who: finite(each) for who, each in scores.items()},
         "student_steps": len(few_grid(run)) - 1,  # of its sampler; of teacher_few's too
         "steps": run.step,
         "seconds": round(run.seconds, 1),
         "peak_mem_gb": round(peak_memory_gb(run.device), 3),
     }
-    write_atomic(run.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_atomic(run.folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
     shown = validate.prompts_for(run.config.validation, run.world)[: run.config.validation.show]
     write_report(run.folder, shown)
     comparison(run.folder, shown, run.folder / "comparison.webp")

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from fastdmd.models.net import Net
 
 WEIGHTS = "diffusion_pytorch_model"
+# of every load by diffusers and transformers: no code of a folder runs, only safetensors are read, nothing is fetched
+SAFE: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -155,12 +157,16 @@ def write_index(
 ) -> None:
     """model_index.json with `index` and the frozen components; those that `source` has are copied from it.
 
-    A component's class is the one that the source's own index names, and `components` has it where there is none.
+    A component's class is the one that the source's own index names, and `components` has it where there is none. A
+    component that is in neither is [null, null]: diffusers opens a pipeline without it.
     """
     original = source / "model_index.json" if source else None
     given = json.loads(original.read_text()) if original and original.is_file() else {}
     for name in components:
         if source and (source / name).is_dir():
             shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
-    frozen = {name: given.get(name, kind) for name, kind in components.items()}
+    frozen = {
+        name: given.get(name, kind) if (folder / name).is_dir() else [None, None]
+        for name, kind in components.items()
+    }
     (folder / "model_index.json").write_text(json.dumps({**index, **frozen}, indent=2) + "\n")

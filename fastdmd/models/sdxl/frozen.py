@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastdmd.batch import Cond
 from fastdmd.log import Progress
+from fastdmd.models.component import SAFE
 
 
 class TextEncoder:
@@ -25,8 +26,8 @@ class TextEncoder:
 
         self.parts: list[tuple[Any, Any]] = []  # tokenizer, encoder
         for end, kind in ("", CLIPTextModel), ("_2", CLIPTextModelWithProjection):
-            model = kind.from_pretrained(path, subfolder=f"text_encoder{end}", dtype=dtype)
-            tokenizer = CLIPTokenizer.from_pretrained(path, subfolder=f"tokenizer{end}")
+            model = kind.from_pretrained(path, subfolder=f"text_encoder{end}", dtype=dtype, **SAFE)
+            tokenizer = CLIPTokenizer.from_pretrained(path, subfolder=f"tokenizer{end}", **SAFE)
             self.parts.append((tokenizer, model.requires_grad_(False).eval()))
         self.device = device
 
@@ -67,7 +68,7 @@ def decode(path: str, x0: Tensor, device: torch.device, dtype: torch.dtype) -> T
     """
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    vae: Any = AutoencoderKL.from_pretrained(path, subfolder="vae")
+    vae: Any = AutoencoderKL.from_pretrained(path, subfolder="vae", **SAFE)
     dtype, scale = torch.float32 if vae.config.force_upcast else dtype, vae.config.scaling_factor
     vae.to(device, dtype)
     images = [vae.decode(x.to(device, dtype)[None] / scale, return_dict=False)[0].float().cpu() for x in x0]

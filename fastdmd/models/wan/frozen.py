@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastdmd.batch import Cond
 from fastdmd.log import Progress
+from fastdmd.models.component import SAFE
 
 TEXT_TOKENS = 512
 
@@ -19,10 +20,15 @@ class TextEncoder:
     """Prompts -> text [n, 512, D] on the host, zeros behind each prompt's last token, as Wan was trained."""
 
     def __init__(self, path: str, device: torch.device, dtype: torch.dtype) -> None:
-        from transformers import AutoTokenizer, UMT5EncoderModel
+        from transformers import (
+            T5TokenizerFast,  # pyright: ignore[reportAttributeAccessIssue]
+            UMT5EncoderModel,
+        )
 
-        self.tokenizer = AutoTokenizer.from_pretrained(path, subfolder="tokenizer")
-        self.model: Any = UMT5EncoderModel.from_pretrained(path, subfolder="text_encoder", dtype=dtype)
+        self.tokenizer = T5TokenizerFast.from_pretrained(path, subfolder="tokenizer", **SAFE)
+        self.model: Any = UMT5EncoderModel.from_pretrained(
+            path, subfolder="text_encoder", dtype=dtype, attn_implementation="sdpa", **SAFE
+        )
         self.model.requires_grad_(False).eval()
         self.device = device
 
@@ -52,7 +58,7 @@ def decode(path: str, x0: Tensor, device: torch.device, dtype: torch.dtype) -> T
     """Latents [B, C, T, H, W] -> pixels uint8 [B, 4 T - 3, 8 H, 8 W, 3] on the host, one video at a time."""
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
-    vae: Any = AutoencoderKLWan.from_pretrained(path, subfolder="vae", torch_dtype=dtype)
+    vae: Any = AutoencoderKLWan.from_pretrained(path, subfolder="vae", torch_dtype=dtype, **SAFE)
     vae.to(device)
     mean, std = (
         torch.tensor(values, device=device, dtype=dtype).view(1, -1, 1, 1, 1)
