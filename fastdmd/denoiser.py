@@ -28,8 +28,15 @@ class Denoiser:
         """Take the parameters that may learn, by name; absent: all."""
         self.net, self.schedule = net, schedule
         self.trainable = dict(net.named_parameters()) if trainable is None else trainable
-        # of the step's sparse attention; here and not in the network, where a number that changes recompiles it
-        self.sparsity = 0.0
+        self.sparsity = 0.0  # of the step's sparse attention
+        # the tiles that it keeps of latents [C, ..]. Here and not in the network, where a number that changes
+        # recompiles it at each value; and whole numbers, as a compiler takes those for variables
+        self.topk: dict[tuple[int, ...], int | None] = {}
+
+    def keep(self, sparsity: float, shape: Sequence[int]) -> None:
+        """Set the sparsity of the steps to come, which are on latents [C, ..] of that shape."""
+        self.sparsity = sparsity
+        self.topk = {tuple(shape): self.net.topk(shape, sparsity)}
 
     def learn(self, on: bool) -> None:
         """Say whether gradients are made for the trainable parameters; the others never get one."""
@@ -80,6 +87,8 @@ class Denoiser:
         return self._call(x_t, model_t, cond, Call(blocks=tuple(frames)))[0]
 
     def _call(self, x_t: Tensor, model_t: Tensor, cond: Cond, call: Call) -> tuple[Tensor, list[Tensor]]:
-        attention = self.net.attention(x_t.shape, self.sparsity)
+        shape = tuple(x_t.shape[1:])
+        topk = self.topk[shape] if shape in self.topk else self.net.topk(shape, self.sparsity)
+        attention = self.net.attention(shape, topk)
         out = self.net(x_t, model_t, cond, replace(call, attention=attention))
         return wide(out.F), out.maps

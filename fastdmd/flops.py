@@ -28,8 +28,11 @@ class Shapes(Net):
         self.widths = net.widths
         self.weight = nn.Parameter(torch.ones((), device=device), requires_grad=learns)
 
-    def attention(self, shape: Iterable[int], sparsity: float) -> Attention | None:
-        return self.real[0].attention(shape, sparsity)
+    def topk(self, shape: Iterable[int], sparsity: float) -> int | None:
+        return self.real[0].topk(shape, sparsity)
+
+    def attention(self, shape: Iterable[int], topk: int | None) -> Attention | None:
+        return self.real[0].attention(shape, topk)
 
     def start_video(self, shape: Iterable[int]) -> Any:
         return self.real[0].start_video(shape)
@@ -63,7 +66,7 @@ def step_flops(run: Run) -> int:
         for role, denoiser in run.nets.items():
             if isinstance(denoiser.net, Net):  # a discriminator's heads are small
                 nets[role] = Denoiser(Shapes(denoiser.net, role in trained, run.device), run.schedule)
-                nets[role].sparsity = denoiser.sparsity
+                nets[role].keep(denoiser.sparsity, batch.latent_shape)
         rng = Rng(config.seed, run.step, f"{phase}{index}", micro, run.device)
         run.method.loss(phase, nets, batch, run.method.draw(phase, rng, batch.latent_shape, carry), carry)
         counted += sum(d.net.counted for d in nets.values() if isinstance(d.net, Shapes))

@@ -78,4 +78,4 @@ def set_sparsity(run: Run) -> None:
     """Sparse attention at the sparsity of the step to come."""
     for role, denoiser in run.nets.items():
         if run.config.vsa and run.config.role_options(role).tile:
-            denoiser.sparsity = run.config.vsa.sparsity_at(run.step)
+            denoiser.keep(run.config.vsa.sparsity_at(run.step), run.world.latent_shape)

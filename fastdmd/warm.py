@@ -45,7 +45,7 @@ def step_on_meta(config: Config, sparsity: float, depth: int | None = None) -> d
     nets = nets_on_meta(config, method, depth)
     for role, denoiser in nets.items():
         if config.role_options(role).tile:
-            denoiser.sparsity = sparsity
+            denoiser.keep(sparsity, config.data.latent_shape())
     B, shape, net = config.run.batch_size, config.data.latent_shape(), nets["student"].net
     with torch.device("meta"):
         cond, x0 = config.data.with_size(empty_cond(B, config.family, net.config)), torch.empty(B, *shape)

@@ -12,12 +12,19 @@ if not torch.cuda.is_available():
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--campaign", action="store_true", help="also run the tests that take minutes each")
     parser.addoption(
         "--require",
         default="",
         metavar="NAMES",
         help="modules, by commas: to lack one is an error, where its tests would be skipped otherwise",
     )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave campaigns out unless they are asked for."""
+    if not config.getoption("--campaign"):
+        items[:] = [item for item in items if item.get_closest_marker("campaign") is None]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -85,7 +85,11 @@ class Net(nn.Module, ABC):
     def start_from_scratch(self) -> Self:
         """Set random weights to train from."""
 
-    def attention(self, shape: Iterable[int], sparsity: float) -> Attention | None:
+    def topk(self, shape: Iterable[int], sparsity: float) -> int | None:
+        """Return how many key tiles sparse attention keeps at a sparsity; None where attention is dense."""
+        return None
+
+    def attention(self, shape: Iterable[int], topk: int | None) -> Attention | None:
         """Return how self-attention works on a latent [B, C, ..]; None where it is dense."""
         return None
 

@@ -27,7 +27,7 @@ def inputs(B: int = 2) -> tuple[torch.Tensor, torch.Tensor, Cond]:
 
 def called(net: Wan, batch: tuple[torch.Tensor, torch.Tensor, Cond], sparsity: float) -> torch.Tensor:
     """F at that sparsity."""
-    return net(*batch, Call(attention=net.attention(batch[0].shape, sparsity))).F
+    return net(*batch, Call(attention=net.attention(batch[0].shape, net.topk(batch[0].shape, sparsity)))).F
 
 
 def randomized(net: Wan) -> Wan:

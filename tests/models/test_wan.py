@@ -169,7 +169,7 @@ def test_sparse_attention_that_keeps_every_tile_is_dense(grid, tile):
     assert all("to_gate_compress" in name for name in unset.missing_keys)
     assert not unset.unexpected_keys
     x_t, model_t, cond = inputs(TINY, (grid[0], 2 * grid[1], 2 * grid[2]))
-    call = Call(attention=tiled.attention(x_t.shape, 0.0))
+    call = Call(attention=tiled.attention(x_t.shape, tiled.topk(x_t.shape, 0.0)))
     F, reference = tiled(x_t, model_t, cond, call).F, raster(x_t, model_t, cond).F
     assert relative(F, reference) <= 1e-5
     expected, found = gradients(raster, reference), gradients(tiled, F)
@@ -256,7 +256,7 @@ def test_flops_equal_the_counter(tile):
             torch.empty(3),
             torch.empty(3, 7, 24),
         )
-    call = Call(attention=net.attention(x_t.shape, 0.7))
+    call = Call(attention=net.attention(x_t.shape, net.topk(x_t.shape, 0.7)))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(x_t, model_t, Cond(text), call)
     # the counter does not see into the fine stage of sparse attention: 6 of 18 tiles of 8 tokens kept, 3 heads of 12,

@@ -118,17 +118,24 @@ class Wan(Net):
         known = self.geometries.get((grid, device))
         if known is None:
             tiles = None if self.tile is None else Tiles(grid, self.tile)
+            if tiles is not None:
+                tiles.on(device)  # its tensors too are made here
             known = Geometry(tiles, rope_table(grid, self.config.attention_head_dim, tiles, device))
             self.geometries[grid, device] = known
         return known
 
-    def attention(self, shape: Iterable[int], sparsity: float) -> Sparse | None:
+    def topk(self, shape: Iterable[int], sparsity: float) -> int | None:
+        """Return the key tiles that a query tile keeps of a latent [.., C, T, H, W]; None when attention is dense."""
+        return None if self.tile is None else topk_for(sparsity, Tiles(self.grid(shape), self.tile).n)
+
+    def attention(self, shape: Iterable[int], topk: int | None) -> Sparse | None:
         """Return the sparse attention of a latent [.., C, T, H, W]; None when attention is dense."""
         if self.tile is None:
             return None
         tiles = self.geometry(self.grid(shape), self.proj_out.weight.device).tiles
         assert tiles is not None
-        return Sparse(tiles, topk_for(sparsity, tiles.n))
+        assert topk is not None
+        return Sparse(tiles, topk)
 
     def patchify(self, x_t: Tensor, grid: Grid) -> Tensor:
         """Return the patches [B, L, C * prod(patch)] of x_t [B, C, T, H, W], in raster order."""
