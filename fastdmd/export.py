@@ -4,11 +4,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastdmd import config as configs
 from fastdmd.config import Config
 from fastdmd.files import written_beside
 from fastdmd.models.lora import export_lora, merged
-from fastdmd.resume import reopen
+from fastdmd.resume import config_of, restored
 
 RUN = "the run"
 
@@ -33,10 +32,10 @@ def export_student(
     It has its validation weights. Adapters are merged into it, and stand beside it as
     pytorch_lora_weights.safetensors where they are all there is. `force` replaces a folder that is there.
     """
-    config = configs.load(path / "config.toml", overrides) if (path / "config.toml").is_file() else None
+    config = config_of(path, overrides)
     target = check_out(str(out), path, config, force)  # before anything is loaded
-    run = reopen(path, overrides, only=("student",))
-    config, net = run.config, run.nets["student"].net
+    run = restored(config, only=("student",))
+    net = run.nets["student"].net
     averaged = run.ema if config.validation.weights == "ema" else None
     weights = learned = averaged.shadow if averaged else run.optimizers["student"].masters
     if config.lora:
@@ -55,7 +54,7 @@ def export_student(
     return notes
 
 
-def check_out(out: str, path: Path, config: Config | None, force: bool) -> Path:
+def check_out(out: str, path: Path, config: Config, force: bool) -> Path:
     """Return the resolved folder of an export; ValueError when it would write over what the run reads or is."""
     if not out.strip():
         raise ValueError("--out is empty; name a folder to write")
@@ -73,7 +72,7 @@ def check_out(out: str, path: Path, config: Config | None, force: bool) -> Path:
     return target
 
 
-def reads(path: Path, config: Config | None) -> dict[str, Path]:
+def reads(path: Path, config: Config) -> dict[str, Path]:
     """Return the folders and files that a run is made of and reads, by the key that names them."""
     found = {RUN: path} | {
         f"{RUN}/{part}": path / part for part in ("checkpoints", "samples", "tensorboard", "wandb")

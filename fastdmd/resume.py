@@ -1,9 +1,11 @@
 """Checkpoints of a run: what is saved, and how a run goes on from it."""
 
+import os
+import shlex
 import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 from fnmatch import fnmatch
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,72 @@ from torch import Tensor
 from fastdmd import checkpoint
 from fastdmd import config as configs
 from fastdmd.config import Config
+from fastdmd.config.toml import to_toml
 from fastdmd.optim import Form, forms
 from fastdmd.run import Diverged, Run, build, follow_average, set_sparsity
 
-# what a resume may change: where it runs, how long, how fast it learns, what it shows. All else is another run
+# What a resume may change: where a run is, for how long, how fast it learns, what it takes and what it shows.
+# Any other key makes another run.
 FREE = (
-    *("run.output_dir", "run.max_steps", "run.device", "optim.*.lr", "optim.*.min_lr", "optim.*.schedule"),
-    *("optim.*.warmup_steps", "memory.*", "checkpoint.*", "validation.*", "logging.*"),
+    *("run.output_dir", "run.max_steps", "run.device"),
+    *("optim.*.lr", "optim.*.schedule", "optim.*.warmup_steps", "optim.*.min_lr"),
+    *("memory.*", "checkpoint.*", "validation.*", "logging.*"),
 )
 Tensors = Mapping[str, Mapping[str, Tensor]]  # by file, by name
+
+
+def refuse_another(config: Config) -> None:
+    """Raise ValueError where `run.output_dir` has a run that this one would lose, or would not go on with.
+
+    To start anew is refused over any run: nothing is deleted. To go on is refused where the run was configured
+    otherwise than this one: each key with both values.
+    """
+    folder, resume = Path(config.run.output_dir), config.checkpoint.resume
+    has_run = checkpoint.complete(folder / "checkpoints") or (folder / "metrics.jsonl").exists()
+    if resume is False and has_run:
+        names = (folder.with_name(f"{folder.name}.{n}") for n in count(1))
+        move = shlex.join(["mv", str(folder), str(next(path for path in names if not path.exists()))])
+        raise ValueError(
+            f"checkpoint.resume = false, and {folder} has a run; name another run.output_dir, or move it away: {move}"
+        )
+    found = checkpoint.find(folder / "checkpoints", resume)
+    if found is None:
+        return
+    path = found.parent.parent / "config.toml"
+    if not path.is_file():
+        raise ValueError(f"{found} has no {path}, which says what run it is of; put it back to go on with it")
+    old, new = identity(configs.read_saved(path)), identity(config)
+    keys = [key for key in {**old, **new} if same_place(key, old.get(key)) != same_place(key, new.get(key))]
+    if keys:
+        lines = [f"{key} = {shown(new.get(key))}, and {found} has {shown(old.get(key))}" for key in keys]
+        remedy = f"name another run.output_dir, or take what {found} has; {path} says what that is"
+        raise ValueError("\n".join([*lines, f"this is another run: {remedy}"]))
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """Return the values that make a run what it is, by their dotted keys; absent ones are left out."""
+
+    def flat(table: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+        for name, value in table.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{above}{name}.")
+            else:
+                yield f"{above}{name}", value
+
+    values = flat(tomllib.loads(configs.dump(config)))
+    return {key: value for key, value in values if not any(fnmatch(key, free) for free in FREE)}
+
+
+def same_place(key: str, value: Any) -> Any:
+    """Return a value as it is compared: of a path, where its links lead."""
+    if key not in configs.PATHS or value is None:
+        return value
+    return [os.path.realpath(each) for each in ([value] if isinstance(value, str) else value)]
+
+
+def shown(value: Any) -> str:
+    """Return a value as it is written in TOML."""
+    return "none" if value is None else to_toml(value)
 
 
 def save(run: Run) -> Path:
@@ -68,12 +127,11 @@ def shortened(names: Sequence[str]) -> str:
 def restore(run: Run) -> None:
     """Go on from the checkpoint that `checkpoint.resume` names, if there is one.
 
-    Raise ValueError for one that is not of this run, or not whole; nothing of the run is changed then.
+    Raise ValueError for one that this run's networks cannot have saved, or not whole; the run is as it was then.
     """
     found = checkpoint.find(run.folder / "checkpoints", run.config.checkpoint.resume)
     if found is None:
         return
-    check_identity(found, run.config)
     manifest, tensors = checkpoint.load(found)
     if faults := list(state_faults(run, tensors)):
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
@@ -91,38 +149,6 @@ def restore(run: Run) -> None:
     run.step, run.seconds, run.recent = manifest["step"], manifest["seconds"], manifest["recent"]
     follow_average(run)
     set_sparsity(run)
-
-
-def check_identity(found: Path, config: Config) -> None:
-    """Raise ValueError when a checkpoint's run was configured otherwise in what makes it that run."""
-    saved = found.parent.parent / "config.toml"
-    if not saved.is_file():
-        return
-    before = identity(tomllib.loads(saved.read_text(encoding="utf-8")))
-    now = identity(tomllib.loads(configs.dump(configs.resolved(config))))
-    other = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    if other:
-        shown = [f"{key} = {show(before.get(key))} there and {show(now.get(key))} here" for key in other]
-        raise ValueError(
-            f"{found} is of another run: {'; '.join(shown)}. Use its values, or name another run.output_dir"
-        )
-
-
-def show(value: Any) -> str:
-    """Return a value as TOML has it, or that it is absent."""
-    return "absent" if value is None else repr(value)
-
-
-def identity(tables: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Return the values that make a run what it is, by their dotted keys."""
-    found: dict[str, Any] = {}
-    for name, value in tables.items():
-        key = f"{above}{name}"
-        if isinstance(value, Mapping):
-            found |= identity(value, f"{key}.")
-        elif not any(fnmatch(key, free) for free in FREE):
-            found[key] = value
-    return found
 
 
 def state_faults(run: Run, tensors: Tensors) -> Iterator[str]:
@@ -154,14 +180,23 @@ def tensor_faults(file: str, given: Mapping[str, Tensor], wanted: Mapping[str, F
             yield f"{file}: {name} is {value.dtype} {list(value.shape)}, not {dtype} {list(shape)}"
 
 
-def reopen(path: Path, overrides: Sequence[str] = (), only: Collection[str] | None = None) -> Run:
-    """Return a run from its folder, at its newest checkpoint; of the roles `only`, absent: of all."""
+def config_of(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Return the configuration of the run in a folder, which may have moved, at its newest checkpoint."""
     if not (path / "config.toml").is_file():
         raise ValueError(f"{path} has no config.toml; name the output_dir of a run")
     if not checkpoint.complete(path / "checkpoints"):
         raise ValueError(f"{path} has no checkpoint yet; train it first")
-    # the run may have been started from elsewhere, and the folder may have been moved
-    config = configs.load(path / "config.toml", [*overrides, 'checkpoint.resume="latest"'])
-    run = build(replace(config, run=replace(config.run, output_dir=str(path))), only)
+    here = (f"run.output_dir={to_toml(str(path))}", 'checkpoint.resume="latest"')
+    return configs.load(path / "config.toml", [*overrides, *here])
+
+
+def restored(config: Config, only: Collection[str] | None = None) -> Run:
+    """Return a run at the checkpoint that `checkpoint.resume` names; of the roles `only`, absent: of all."""
+    run = build(config, only)
     restore(run)
     return run
+
+
+def reopen(path: Path, overrides: Sequence[str] = ()) -> Run:
+    """Return a run from its folder, at its newest checkpoint."""
+    return restored(config_of(path, overrides))

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shlex
 import signal
 import sys
 import time
@@ -25,7 +24,7 @@ from fastdmd.flops import step_flops
 from fastdmd.hardware import peak_flops, peak_memory_gb
 from fastdmd.log import Progress, RunLog
 from fastdmd.methods.method import mean_metrics
-from fastdmd.resume import restore, save
+from fastdmd.resume import refuse_another, restore, save
 from fastdmd.rng import Rng
 from fastdmd.run import Diverged, Interrupted, Run, build, follow_average, set_sparsity
 
@@ -71,18 +70,13 @@ def train(config: Config) -> Run:
 
 
 def start(config: Config, folder: Path) -> Run:
-    """Build a run and bring it to its newest checkpoint; raise ValueError when it would write over another."""
-    used = checkpoint.complete(folder / "checkpoints") or (folder / "metrics.jsonl").exists()
-    if config.checkpoint.resume is False and used:
-        raise ValueError(
-            f"checkpoint.resume = false: {str(folder)!r} has a run, and nothing is deleted; move it away with "
-            f"{shlex.join(['mv', str(folder), f'{folder}.old'])}, or name another run.output_dir"
-        )
+    """Build a run and bring it to its newest checkpoint; raise ValueError where the folder has another."""
+    refuse_another(config)
     run = build(config)
     for line in run.method.warnings():
         print(f"warning: {line}", file=sys.stderr)
     restore(run)
-    write_atomic(folder / "config.toml", configs.dump(configs.resolved(config)))
+    write_atomic(folder / "config.toml", configs.dump(config))
     return run
 
 

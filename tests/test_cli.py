@@ -120,7 +120,7 @@ def test_a_second_run_in_the_same_folder_is_turned_away(tmp_path, monkeypatch):
     with locked(Path("run")):
         result = CliRunner().invoke(app, ["train", "tiny.toml", "run.max_steps=1"])
     assert result.exit_code == 2
-    assert "run.output_dir = 'run': another process trains there" in result.stderr
+    assert f"run.output_dir = '{tmp_path}/run': another process trains there" in result.stderr
     assert [path.name for path in Path("run").iterdir()] == [".lock"]
 
 
@@ -149,7 +149,7 @@ def test_an_interrupted_run_goes_on_with_the_line_that_it_prints(resume, tmp_pat
     assert program == "fastdmd"
     result = CliRunner().invoke(app, [*arguments, f"run.max_steps={done + 2}"])
     assert result.exit_code == 0, result.output
-    assert result.stdout.splitlines()[-1] == "report: a run/report.html"
+    assert result.stdout.splitlines()[-1] == f"report: {tmp_path}/a run/report.html"
     # no step is done twice: the rows hold times, which would differ
     assert metrics.read_text().startswith(rows)
     assert json.loads(Path("a run/summary.json").read_text())["steps"] == done + 2

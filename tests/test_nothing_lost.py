@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import TEXTS, make_config, manifest, write_toml
+from tiny import TEXTS, make_config, write_toml
 from typer.testing import CliRunner
 
 import fastdmd
@@ -132,58 +132,7 @@ def test_an_export_that_stock_diffusers_samples_otherwise_says_so(tmp_path, how,
     assert what in (tmp_path / "out" / "README.md").read_text()
 
 
-# ------------------------------------------------------------------------------------ resume
-
-
-def test_a_run_that_starts_anew_deletes_no_other(finished, tmp_path):
-    before = digests(finished / "run")
-    line = refused("train", finished / "dmd.toml", "checkpoint.resume=false", *QUICK)
-    assert f"mv {finished / 'run'} {finished / 'run'}.old" in line
-    assert digests(finished / "run") == before
-
-
-@pytest.mark.parametrize(
-    ("override", "key"),
-    [
-        ("method.guidance=2.0", "method.guidance = 3.0 there and 2.0 here"),
-        ("schedule.flow_shift=5.0", "schedule.flow_shift = 3.0 there and 5.0 here"),
-        ("run.seed=1", "run.seed = 0 there and 1 here"),
-        ("run.batch_size=1", "run.batch_size"),
-        ("data.negative_prompt='a red ring'", "data.negative_prompt"),
-        ("precision.compute='bf16'", "precision.compute"),
-        ("optim.critic.betas=[0.0, 0.9]", "optim.critic.betas"),
-        ("ema.decay=0.5", "ema.decay"),
-        ("teacher.path='{here}/wan/'", "teacher.path = absent there"),
-    ],
-)
-def test_a_resume_of_another_run_names_the_keys(finished, override, key):
-    before = digests(finished / "run")
-    override = override.format(here=finished)
-    line = refused("train", finished / "dmd.toml", *QUICK, "run.max_steps=3", override)
-    assert key in line
-    assert "Use its values, or name another run.output_dir" in line
-    assert digests(finished / "run") == before
-
-
-def test_a_resume_may_be_longer_and_learn_and_show_otherwise(tmp_path):
-    train.train(make_config(tmp_path, "dmd", *QUICK))
-    free = ["run.max_steps=3", "optim.student.lr=1e-4", "optim.student.warmup_steps=0", "logging.every=3"]
-    again = train.train(make_config(tmp_path, "dmd", *QUICK, *free, "memory.checkpointing='full'"))
-    assert again.step == 3
-    assert manifest(again.folder)["step"] == 3
-
-
-def test_a_run_s_folder_opens_from_anywhere(tmp_path, monkeypatch):
-    """Its resolved configuration has absolute paths."""
-    toml = write_toml(tmp_path, "dmd")
-    toml.write_text(toml.read_text().replace(f"{tmp_path}/", ""))
-    monkeypatch.chdir(tmp_path)
-    run = train.train(configs.load("dmd.toml", QUICK))
-    assert not run.folder.is_absolute()
-    monkeypatch.chdir("/")
-    again = resume.reopen(tmp_path / "run")
-    assert again.step == 2
-    assert Path(again.config.model.path) == tmp_path / "wan"
+# ------------------------------------------------------------------------------------ states
 
 
 @pytest.mark.parametrize(
@@ -321,16 +270,6 @@ def test_several_processes_are_one_line_before_anything_is_loaded(tmp_path, monk
     assert "WORLD_SIZE = 2" in refused("train", tmp_path / "any.toml")
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.undo()
-
-
-def test_the_folder_is_locked_before_anything_is_built(tmp_path, monkeypatch):
-    from fastdmd.files import locked
-
-    toml = write_toml(tmp_path, "flow")
-    (tmp_path / "run").mkdir()
-    monkeypatch.setattr(train, "build", lambda *_: pytest.fail("built"))
-    with locked(tmp_path / "run"):
-        assert "another process trains there" in refused("train", toml)
 
 
 def test_python_dash_m_and_the_version():

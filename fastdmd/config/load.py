@@ -1,7 +1,8 @@
 """Read, check and write the configuration of a run."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,50 +17,63 @@ from fastdmd.methods.method import TRAINABLE
 from fastdmd.models.sdxl import folder as sdxl_folder
 from fastdmd.rollout import Config as RolloutConfig
 
+PATHS = (  # the keys that name files or folders, and what they may have beside them
+    *("run.output_dir", "model.path", "student.path", "teacher.path", "critic.path"),
+    *("data.sources", "checkpoint.resume"),
+)
+WORDS = ("", "shapes", "latest")
+
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read and check a whole configuration; ConfigError with all that is wrong. No weight is touched."""
+    """Read and check a whole configuration; ConfigError with all that is wrong. No weight is touched.
+
+    `~` is the user's home. The paths of what is returned are absolute, so that it opens from anywhere.
+    """
     source = toml.read(Path(path), overrides)
+    for table, name in (key.split(".") for key in PATHS):
+        values = source.data.get(table)
+        if isinstance(values, dict) and name in values:
+            values[name] = _each(os.path.expanduser, values[name])
+    config, tables = _convert(source)
+    for check, needs in CHECKS.items():
+        for key, message in check(config) if needs <= set(tables) else ():
+            source.error(tuple(key.split(".")), message)
+    source.raise_errors()
+    return _absolute(config)
+
+
+def read_saved(path: Path) -> Config:
+    """Read a run's configuration without checking it: what it names may have moved, and devices differ."""
+    return _absolute(_convert(toml.read(path))[0])
+
+
+def _convert(source: toml.Source) -> tuple[Config, Collection[str]]:
+    """Return the configuration, None in place of tables that are wrong, and the names of those that are right."""
     tables = strict.convert(Config, source.data, (), source)
     if "method" in tables:
         used = tables["method"].uses
         tables |= {table: OPTIONAL_TABLES[table]() for table in used if tables.get(table, "wrong") is None}
-    config = Config(**{f.name: None for f in fields(Config)} | tables)  # type: ignore[arg-type]
-    for check, needs in CHECKS.items():
-        for key, message in check(config) if needs <= tables.keys() else ():
-            source.error(tuple(key.split(".")), message)
-    source.raise_errors()
-    return config
+    return Config(**{f.name: None for f in fields(Config)} | tables), tables.keys()  # type: ignore[arg-type]
 
 
-def resolved(config: Config) -> Config:
-    """Return the configuration with absolute paths, which opens from anywhere."""
-    return with_paths(config, lambda path: str(Path(path).absolute()))
+def _absolute(config: Config) -> Config:
+    changed: dict[str, Any] = {}
+    for table, name in (key.split(".") for key in PATHS):
+        values = changed.get(table) or getattr(config, table)
+        if values is not None:
+            changed[table] = replace(values, **{name: _each(_from_here, getattr(values, name))})
+    return replace(config, **changed)
 
 
-def with_paths(config: Config, change: Callable[[str], str]) -> Config:
-    """Return the configuration with every path in it changed."""
+def _from_here(path: str) -> str:
+    return str(Path(path).absolute())  # links and `..` stay as they are
 
-    def changed(table: Any, *names: str) -> Any:
-        if table is None:
-            return None
-        given = {name: getattr(table, name) for name in names}
-        return replace(table, **{name: change(value) for name, value in given.items() if value is not None})
 
-    sources = tuple(source if source == "shapes" else change(source) for source in config.data.sources)
-    resume = config.checkpoint.resume
-    if resume not in ("latest", False):
-        resume = change(str(resume))
-    return replace(
-        config,
-        run=changed(config.run, "output_dir"),
-        model=changed(config.model, "path"),
-        student=changed(config.student, "path"),
-        teacher=changed(config.teacher, "path"),
-        critic=changed(config.critic, "path"),
-        data=replace(config.data, sources=sources),
-        checkpoint=replace(config.checkpoint, resume=resume),
-    )
+def _each(change: Callable[[str], str], value: Any) -> Any:
+    """Change a path, or each of a list of paths; what is neither stays as it is."""
+    if isinstance(value, list | tuple):
+        return type(value)(_each(change, each) for each in value)
+    return change(value) if isinstance(value, str) and value not in WORDS else value
 
 
 def dump(config: Config) -> str:
