@@ -88,17 +88,19 @@ def sample(
     prompt: Annotated[
         list[str] | None, typer.Option(help="May be given several times; absent: the validation prompts.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the videos; absent: RUN/samples/cli.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder for the videos; absent: RUN/samples/cli.")] = None,
     seed: Annotated[int, typer.Option(help="Sample i's noise depends on the seed and i only.")] = 0,
     who: Annotated[str, typer.Option(help="student, teacher_50 or teacher_few.")] = "student",
 ) -> None:
     """Sample videos with a run's student; writes NN.webp and latents.safetensors."""
     with user_errors():
         from fastdmd.evaluation import evaluate
-        from fastdmd.resume import reopen
+        from fastdmd.export import check_samples
+        from fastdmd.resume import config_of, restored
 
-        opened = reopen(run, overrides or ())
-        folder = evaluate.write_samples(opened, who, prompt or None, out or run / "samples" / "cli", seed)
+        config = config_of(run, overrides or ())
+        folder = run / "samples" / "cli" if out is None else check_samples(out, config)
+        evaluate.write_samples(restored(config), who, prompt or None, folder, seed)
     print(f"wrote {folder}")
 
 
@@ -117,18 +119,19 @@ def evaluate_run(run: RunFolder, overrides: Overrides = None) -> None:
 @app.command()
 def export(
     run: RunFolder,
+    out: Annotated[str, typer.Option(help="The diffusers folder to write.")],
     overrides: Overrides = None,
-    out: Annotated[str, typer.Option(help="The diffusers folder to write.")] = ...,  # type: ignore[assignment]
-    force: Annotated[bool, typer.Option("--force", help="Replace the folder if it is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
 ) -> None:
     """Write a run's student as a diffusers folder whose scheduler takes its own few steps (a flow model: UniPC)."""
     with user_errors():
-        from fastdmd.export import export_student
+        from fastdmd.export import export_student, opening
 
         notes = export_student(run, out, force, overrides or ())
+        line = opening(Path(out).expanduser(), out)
     for note in notes:
-        print(f"warning: {note}", file=sys.stderr)
-    print(f"wrote {out}")
+        print(f"warning: {note}; use `fastdmd sample`", file=sys.stderr)
+    print(f"wrote {out}\nopen it with diffusers: {line}")
 
 
 @app.command()

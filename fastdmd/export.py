@@ -4,12 +4,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastdmd import config as configs
 from fastdmd.config import Config
-from fastdmd.files import written_beside
+from fastdmd.files import is_in, written_beside
+from fastdmd.models import component
 from fastdmd.models.lora import export_lora, merged
-from fastdmd.resume import config_of, restored
+from fastdmd.resume import config_of, not_finite, restored, shortened
 
-RUN = "the run"
+RUN = "run.output_dir"
+PARTS = ("checkpoints", "samples", "tensorboard", "wandb")  # of a run's folder
+MARK = "Exported by fastdmd"
 
 
 def exported_scheduler(config: Config) -> Any:
@@ -30,10 +34,10 @@ def export_student(
     """Write the student of a run's newest checkpoint as a diffusers pipeline folder, and return what to know of it.
 
     It has its validation weights. Adapters are merged into it, and stand beside it as
-    pytorch_lora_weights.safetensors where they are all there is. `force` replaces a folder that is there.
+    pytorch_lora_weights.safetensors where they are all there is. `force` replaces an earlier export.
     """
     config = config_of(path, overrides)
-    target = check_out(str(out), path, config, force)  # before anything is loaded
+    target = check_out(str(out), config, force)  # before anything is loaded
     run = restored(config, only=("student",))
     net = run.nets["student"].net
     averaged = run.ema if config.validation.weights == "ema" else None
@@ -44,59 +48,108 @@ def export_student(
         for name, value in learned.items():
             parameters[name].data.copy_(value)
         weights = merged(net)
+    if bad := not_finite(
+        {"student": weights}
+    ):  # a frozen weight under adapters, say: what learns was checked
+        raise ValueError(
+            f"{path}: {shortened(bad)} not finite; nothing exported, see the folder of the student"
+        )
     notes = list(limits(config))
     with written_beside(target) as part:
         config.family.export(part, net.config, weights, exported_scheduler(config), exported_from(config))
         if config.lora and not config.lora.modules:
             file = part / "pytorch_lora_weights.safetensors"
             export_lora(file, learned, config.lora.rank, config.lora.alpha, config.family.lora_prefix)
-        (part / "README.md").write_text(card(config, run.step, notes), encoding="utf-8")
+        page = card(config, run.step, opening(part, target.name), notes)
+        (part / "README.md").write_text(page, encoding="utf-8")
     return notes
 
 
-def check_out(out: str, path: Path, config: Config, force: bool) -> Path:
-    """Return the resolved folder of an export; ValueError when it would write over what the run reads or is."""
-    if not out.strip():
-        raise ValueError("--out is empty; name a folder to write")
-    target = Path(out).expanduser().resolve()
-    for key, folder in reads(path, config).items():
-        read = folder.expanduser().resolve()
-        if target == read or read.is_relative_to(target) or (key != RUN and target.is_relative_to(read)):
+def check_out(out: str, config: Config, force: bool) -> Path:
+    """Return the folder of an export, links resolved; ValueError where it would write over what the run reads or is.
+
+    `force` replaces an earlier export, and nothing else.
+    """
+    target = named_folder(out)
+    for key, path in reads(config):
+        if is_in(path, target) or (is_in(target, path) and key != RUN):
             raise ValueError(
-                f"--out {out!r} would write over {key} = {str(folder)!r}, which the run reads; name another"
+                f"--out {out!r} would write over {key} = '{path}', which the run reads; name another"
             )
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"--out {out!r} is a file; name a folder")
-    if target.is_dir() and any(target.iterdir()) and not force:
-        raise ValueError(f"--out {out!r} is there and not empty; name another, or replace it with --force")
+    if not target.is_dir() or not any(target.iterdir()):
+        return target
+    page = target / "README.md"
+    if not page.is_file() or MARK not in page.read_text(encoding="utf-8", errors="replace"):
+        raise ValueError(f"--out {out!r} is not empty, and no export of fastdmd; name another")
+    if not force:
+        raise ValueError(f"--out {out!r} is an export already; name another, or replace it with --force")
     return target
 
 
-def reads(path: Path, config: Config) -> dict[str, Path]:
-    """Return the folders and files that a run is made of and reads, by the key that names them."""
-    found = {RUN: path} | {
-        f"{RUN}/{part}": path / part for part in ("checkpoints", "samples", "tensorboard", "wandb")
-    }
-    if config is not None:
-        for role in config.method.roles:
-            key, folder = config.role_source(role)
-            found |= {key: Path(folder)} if folder else {}
-        found |= {"model.path": Path(config.model.path)} if config.model.path else {}
-        found |= {f"data.sources[{i}]": Path(s) for i, s in enumerate(config.data.sources) if s != "shapes"}
-    return found
+def check_samples(out: str, config: Config) -> Path:
+    """Return the folder for samples, links resolved; ValueError where they would mix with what the run reads or is."""
+    target = named_folder(out)
+    for key, path in reads(config):
+        if is_in(target, path) and key not in (RUN, f"{RUN}/samples"):
+            raise ValueError(f"--out {out!r} lies in {key} = '{path}', which the run reads; name another")
+    return target
+
+
+def named_folder(out: str) -> Path:
+    """Return the folder that `--out` names, with `~` and links resolved."""
+    if not out.strip():
+        raise ValueError("--out is empty; name a folder to write")
+    target = Path(out).expanduser().resolve()
+    for path in (target, *target.parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"--out {out!r}: {path} is a file; name a folder")
+    return target
+
+
+def reads(config: Config) -> Iterator[tuple[str, Path]]:
+    """Yield the files and folders that a run reads and is, with the key that names each; what links in them lead to."""
+    folder = Path(config.run.output_dir)
+    yield from ((f"{RUN}/{part}", folder / part) for part in PARTS)
+    for key, name in configs.paths_of(config):
+        path = Path(name).resolve()
+        yield key, path
+        yield from ((key, link.resolve()) for link in path.rglob("*") if link.is_symlink())
 
 
 def limits(config: Config) -> Iterator[str]:
-    """Yield what stock diffusers does otherwise with a student, which it opens all the same."""
-    if config.role_options("student").causal:
-        yield "this student makes videos block by block; stock diffusers samples all frames at once, which is another model"
-    if config.role_options("student").tile is not None:
-        yield "this student has sparse attention; stock diffusers drops its gates and attends densely, which is another model"
+    """Yield how stock diffusers would sample a student otherwise than it was trained."""
+    options = config.role_options("student")
+    if options.causal:
+        yield "the student makes videos block by block, and stock diffusers samples all frames at once"
+    if options.tile is not None:
+        yield "the student has sparse attention, and stock diffusers drops its gates and attends to all"
 
 
-def card(config: Config, step: int, notes: Sequence[str]) -> str:
+def opening(folder: Path, name: str) -> str:
+    """Return the line that opens an export in diffusers: parts that it lacks have to be None there."""
+    index = component.read_json(folder / "model_index.json")
+    absent = [f", {part}=None" for part, kind in index.items() if kind == [None, None]]
+    return f"{index['_class_name']}.from_pretrained({name!r}{''.join(absent)})"
+
+
+def card(config: Config, step: int, line: str, notes: Sequence[str]) -> str:
     """Return the page that stands beside the weights."""
-    lines = [f"# A student of {config.model.path or 'random weights'}", ""]
-    lines += [f"Made by fastdmd with method `{config.method.name}`, {step} steps."]
-    lines += [f"\n**Warning:** {note}. Sample it with `fastdmd sample`." for note in notes]
-    return "\n".join(lines) + "\n"
+    source = config.student.path or config.model.path or "random weights"
+    warnings = [
+        f"> **Stock diffusers does not sample this right**: {note}. Use `fastdmd sample`.\n" for note in notes
+    ]
+    return "\n".join(
+        [
+            *("---", "library_name: diffusers", "---", ""),
+            f"{MARK}: a student of `{source}`, method `{config.method.name}`, {step} steps.\n",
+            *warnings,
+            *(
+                "```python",
+                f"from diffusers import {line.partition('.')[0]}",
+                "",
+                f"pipe = {line}",
+                "```",
+                "",
+            ),
+        ]
+    )

@@ -27,21 +27,43 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def written_beside(out: Path) -> Iterator[Path]:
-    """Give a hidden folder beside `out` to write to, and put it in the place of `out` when all is written.
+    """Give a hidden folder beside `out` to write to, and put it in the place of `out` when all is written and flushed.
 
-    A process that is killed meanwhile leaves `out` as it was, but for an instant between two renames.
+    What fails leaves `out` as it was. So does a kill, but for an instant between two renames: then `out` is back at
+    the next call, which sweeps what is half-written too.
     """
     part, old = (out.with_name(f".{out.name}.{kind}") for kind in ("part", "old"))
     make_folder(out.parent)
+    if old.exists() and not out.exists():
+        os.rename(old, out)
     for left in (part, old):
-        shutil.rmtree(left, ignore_errors=True)
+        if left.exists():
+            shutil.rmtree(left)
     part.mkdir()
-    yield part
-    if out.exists():
-        os.rename(out, old)
-    os.rename(part, out)
-    fsync_folder(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        yield part
+        fsync_tree(part)
+        if out.exists():
+            os.rename(out, old)
+        os.rename(part, out)
+        fsync_folder(out.parent)
+    finally:
+        if part.exists():
+            shutil.rmtree(part)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Flush every file and folder of a folder, itself last."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        fsync_folder(path)  # a file is opened alike
+    fsync_folder(folder)
+
+
+def is_in(path: Path, folder: Path) -> bool:
+    """Return whether a path is a folder or lies in it, whatever links, mounts or letter case either is written with."""
+    return folder.exists() and any(each.exists() and each.samefile(folder) for each in (path, *path.parents))
 
 
 @contextmanager

@@ -229,7 +229,9 @@ def test_a_runs_folder_opens_from_anywhere(tmp_path, monkeypatch):
     assert re.findall(r'(?:path|output_dir) = "(.*)"', text) == [
         *(str(tmp_path / name) for name in ("runs/one", "wan", "wan")),
     ]
-    assert text == configs.dump(configs.load("dmd.toml", [*DMD[1:], *relative]))  # as bench.proof compares them
+    assert text == configs.dump(
+        configs.load("dmd.toml", [*DMD[1:], *relative])
+    )  # as bench.proof compares them
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     os.rename(tmp_path / "runs", tmp_path / "moved")

@@ -1,7 +1,7 @@
 """The configuration of a run: one complete TOML, strictly read."""
 
-from fastdmd.config.load import PATHS, dump, load, read_saved
+from fastdmd.config.load import PATHS, dump, load, paths_of, read_saved
 from fastdmd.config.schema import Config
 from fastdmd.config.toml import ConfigError
 
-__all__ = ["PATHS", "Config", "ConfigError", "dump", "load", "read_saved"]
+__all__ = ["PATHS", "Config", "ConfigError", "dump", "load", "paths_of", "read_saved"]

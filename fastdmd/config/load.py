@@ -65,6 +65,16 @@ def _absolute(config: Config) -> Config:
     return replace(config, **changed)
 
 
+def paths_of(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield every path in a configuration with the key that names it."""
+    for key in PATHS:
+        table, name = key.split(".")
+        settings = getattr(config, table)
+        value = None if settings is None else getattr(settings, name)
+        values = value if isinstance(value, tuple) else (value,)
+        yield from ((key, each) for each in values if isinstance(each, str) and each not in WORDS)
+
+
 def _from_here(path: str) -> str:
     return str(Path(path).absolute())  # links and `..` stay as they are
 
