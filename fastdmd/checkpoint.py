@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -109,7 +110,12 @@ def load(path: Path, device: str = "cpu") -> tuple[dict[str, Any], dict[str, dic
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):  # not UTF-8 and not JSON are both ValueErrors
         raise ValueError(f"{path / MANIFEST} {remedy}") from None
+    tensors = {}
     for name, digest in manifest["files"].items():
         if not (path / name).is_file() or sha256(path / name) != digest:
             raise ValueError(f"{path / name} {remedy}")
-    return manifest, {Path(name).stem: load_file(path / name, device=device) for name in manifest["files"]}
+        try:
+            tensors[Path(name).stem] = load_file(path / name, device=device)
+        except SafetensorError as e:  # it was written so: its hash is right
+            raise ValueError(f"{path / name} ({e}) {remedy}") from None
+    return manifest, tensors

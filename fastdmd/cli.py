@@ -25,30 +25,43 @@ USER_ERROR, DIVERGED, INTERRUPTED = 2, 1, 130
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
     """Print user errors as one line each, without a traceback."""
+    one_process()
+    import torch
     from safetensors import SafetensorError
-    from torch import OutOfMemoryError
 
+    memory = "out of memory ({}); lower run.batch_size and raise run.grad_accum, or set memory.checkpointing = 'full'"
     try:
         yield
-    except OutOfMemoryError as e:
-        used = str(e).split("\n")[0].split(". ")[0]
-        print(f"error: {used}; lower run.batch_size, or set memory.checkpointing = 'full'", file=sys.stderr)
-        raise typer.Exit(USER_ERROR) from None
-    except SafetensorError as e:
-        print(f"error: a weights file cannot be read ({e}); download or save it again", file=sys.stderr)
-        raise typer.Exit(USER_ERROR) from None
     except (ValueError, OSError) as e:
-        for line in str(e).split("\n"):
-            print(f"error: {line}", file=sys.stderr)
-        raise typer.Exit(USER_ERROR) from None
+        raise failure(str(e)) from None
+    except SafetensorError as e:  # of a text encoder or a VAE; other files are named
+        raise failure(f"a weights file cannot be read ({e}); download or save the folder again") from None
+    except (torch.OutOfMemoryError, MemoryError) as e:
+        raise failure(memory.format(first_words(e))) from None
+    except RuntimeError as e:
+        if "can't allocate memory" not in str(e):  # as a CPU's allocator says it
+            raise
+        raise failure(memory.format(first_words(e))) from None
+
+
+def first_words(e: BaseException) -> str:
+    """Return the first two sentences of an error's first line: what was asked for, without the allocator's advice."""
+    return ". ".join(str(e).split("\n")[0].split(". ")[:2]).rstrip(".") or "the host's"
+
+
+def failure(text: str, code: int = USER_ERROR) -> typer.Exit:
+    """Print an error, a line each, and return the exit to raise."""
+    for line in text.split("\n"):
+        print(f"error: {line}", file=sys.stderr)
+    return typer.Exit(code)
 
 
 def one_process() -> None:
-    """Raise ValueError when a launcher has started several processes: each would train the same run alone."""
+    """Stop when a launcher has started several processes: each would train, or write, the same run alone."""
     world = os.environ.get("WORLD_SIZE", "1")
     if world not in ("", "1"):
-        raise ValueError(
-            f"WORLD_SIZE = {world}: several processes are not built yet; start one, without torchrun or accelerate"
+        raise failure(
+            f"WORLD_SIZE = {world}: several GPUs are not built yet; start one process, without a launcher"
         )
 
 
@@ -58,18 +71,16 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Distil (or pre-train) as CONFIG says; goes on from the newest checkpoint of its output_dir."""
-    from fastdmd import config as configs
-    from fastdmd import run as runs
-    from fastdmd import train as trainer
-
     with user_errors():
-        one_process()
+        from fastdmd import config as configs
+        from fastdmd import run as runs
+        from fastdmd import train as trainer
+
         loaded = configs.load(config, overrides or ())
         try:
             run = trainer.train(loaded)
         except runs.Diverged as e:
-            print(f"error: {e}", file=sys.stderr)
-            raise typer.Exit(DIVERGED) from None
+            raise failure(str(e), DIVERGED) from None
         except (runs.Interrupted, KeyboardInterrupt) as e:
             again = [] if loaded.checkpoint.resume == "latest" else ['checkpoint.resume="latest"']
             words = shlex.join(["fastdmd", "train", str(config), *(overrides or ()), *again])
@@ -143,10 +154,10 @@ def warm(
     ] = None,
 ) -> None:
     """Compile the kernels that CONFIG's run needs into triton's cache: its first step then compiles nothing."""
-    from fastdmd import config as configs
-    from fastdmd.warm import warm as compile_kernels
-
     with user_errors():
+        from fastdmd import config as configs
+        from fastdmd.warm import warm as compile_kernels
+
         print(compile_kernels(configs.load(config, overrides or ()), target))
 
 

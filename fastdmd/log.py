@@ -127,8 +127,9 @@ class RunLog:
 
     def __init__(self, config: Config, folder: Path, step: int) -> None:
         self.config, self.path = config, folder / "metrics.jsonl"
-        rows = read_metrics(self.path, step) if step else []  # at 0 a run starts anew
-        write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        # at 0 a run starts anew; an older version wrote NaN
+        rows = [finite(row) for row in read_metrics(self.path, step)] if step else []
+        write_atomic(self.path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
         self.file = self.path.open("a", encoding="utf-8")
         self.mirrors: list[Mirror] = [MIRRORS[name](config, folder, rows) for name in config.backends]
 

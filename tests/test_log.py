@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import socket
 import struct
@@ -70,6 +71,18 @@ def test_numbers_are_read_back_exactly(tmp_path):
         run.write(1, values)
     write(tmp_path, 1, 1)
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, **values}]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_is_null(tmp_path, monkeypatch, bad):
+    """In rows, in rows of an older version that a resume writes again, and absent from the mirrors."""
+    monkeypatch.setitem(sys.modules, "wandb", wandb := FakeWandb())
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "valid/swd": bad}) + "\n")
+    with RunLog(Config(backends=("wandb",)), tmp_path, 1) as run:
+        run.write(2, {"a": 0.5, "valid/swd": bad})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert lines == ['{"step": 1, "valid/swd": null}', '{"step": 2, "a": 0.5, "valid/swd": null}']
+    assert wandb.runs == {"run0": [(1, {}), (2, {"a": 0.5})]}
 
 
 def test_sync_flushes_the_rows_to_the_disk(tmp_path, monkeypatch):

@@ -12,8 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline, WanPipeline
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tiny import TEXTS, make_config, write_toml, write_wan
+from test_export import frozen_networks
+from test_frozen_sdxl import CPU, text_config, tokenizer
+from tiny import TEXTS, make_config, write_encoded, write_toml, write_wan
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from typer.testing import CliRunner
 
 import fastdmd
@@ -21,9 +25,11 @@ from fastdmd import checkpoint, resume, train
 from fastdmd import config as configs
 from fastdmd.cli import app
 from fastdmd.config.schema import TeacherConfig
+from fastdmd.data.encoded import read_folders, read_sample
 from fastdmd.evaluation import evaluate
 from fastdmd.export import check_out, check_samples, export_student, opening
 from fastdmd.models import component
+from fastdmd.models.family import FAMILIES
 from fastdmd.run import Diverged
 
 QUICK = ("run.max_steps=2", "validation.teacher_reference=false")
@@ -369,30 +375,143 @@ def test_every_load_of_a_library_is_safe():
     assert wanted == component.SAFE
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0')",
-        "SafetensorError('header')",
-    ],
+CODE = "from pathlib import Path\nPath({mark!r}).write_text('ran')\nclass Mine: pass\n"
+
+
+@pytest.mark.parametrize("kind", ["wan", "sdxl"])
+def test_no_code_of_a_folder_runs(tmp_path, monkeypatch, kind):
+    """Also where the user would say yes: a run asks nothing. And a config that names a kernel to fetch has none."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    mark = tmp_path / "mark"
+    parts = write_encoders(tmp_path, kind)
+    for part in parts:
+        file = tmp_path / part / ("tokenizer_config.json" if "tokenizer" in part else "config.json")
+        classes = ("AutoTokenizer", "AutoConfig", "AutoModel", "AutoModelForTextEncoding")
+        names = {
+            each: ["mine.Mine", "mine.Mine"] if each == "AutoTokenizer" else "mine.Mine" for each in classes
+        }
+        told = json.loads(file.read_text()) | {"auto_map": names, "attn_implementation": "someone/kernel"}
+        file.write_text(json.dumps(told))
+        for name in ("mine", "modeling_mine", "tokenization_mine"):
+            (tmp_path / part / f"{name}.py").write_text(CODE.format(mark=str(mark)))
+    encode = FAMILIES["wan2.1" if kind == "wan" else "sdxl"].encoder(str(tmp_path), CPU, torch.float32)
+    assert encode(["a red fox"]).text.isfinite().all()
+    assert not mark.exists()
+
+
+def write_encoders(path: Path, kind: str) -> list[str]:
+    """Write the text encoders of a family, tiny and random, and return the names of their folders."""
+    if kind == "wan":
+        parts = frozen_networks()
+        del parts["vae"]
+    else:
+        clips = ("", CLIPTextModel, 8, "<|endoftext|>"), ("_2", CLIPTextModelWithProjection, 12, "!")
+        parts = {}
+        for end, model, width, pad in clips:
+            parts |= {f"text_encoder{end}": model(text_config(width)), f"tokenizer{end}": tokenizer(pad)}
+    for name, part in parts.items():
+        part.save_pretrained(path / name)
+    return list(parts)
+
+
+MEMORY = (
+    "out of memory ({}); lower run.batch_size and raise run.grad_accum, or set memory.checkpointing = 'full'"
 )
-def test_what_can_be_foreseen_is_one_line(tmp_path, monkeypatch, code):
-    from safetensors import SafetensorError
+CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB"
+HOST = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 400000000000 bytes"
+FORESEEN = {
+    "device": (
+        torch.OutOfMemoryError(f"{CUDA}. GPU 0 has a total capacity of ..\nmore"),
+        MEMORY.format(CUDA),
+    ),
+    "host": (
+        RuntimeError(f"{HOST}. Error code 12 (Cannot allocate memory)"),
+        MEMORY.format(f"{HOST}. Error code 12"),
+    ),
+    "python": (MemoryError(), MEMORY.format("the host's")),
+    "damaged": (
+        SafetensorError("header"),
+        "a weights file cannot be read (header); download or save the folder again",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FORESEEN)
+def test_what_can_be_foreseen_is_one_line(tmp_path, monkeypatch, what):
+    error, words = FORESEEN[what]
 
     def fail(*_):
-        raise {"t": torch.OutOfMemoryError, "S": SafetensorError}[code[0]](code.split("'")[1])
+        raise error
 
     monkeypatch.setattr(train, "take_step", fail)
     line = refused("train", write_toml(tmp_path, "flow"))
-    assert ("memory.checkpointing" if code[0] == "t" else "download or save it again") in line
+    assert line.startswith(f"error: {words[:80]}")
+    assert line.endswith(words[-40:])
 
 
-def test_several_processes_are_one_line_before_anything_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(configs, "load", lambda *_: pytest.fail("loaded"))
-    assert "WORLD_SIZE = 2" in refused("train", tmp_path / "any.toml")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.undo()
+def test_what_cannot_be_foreseen_keeps_its_traceback(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr(train, "take_step", fail)
+    result = CliRunner().invoke(app, ["train", str(write_toml(tmp_path, "flow"))])
+    assert isinstance(result.exception, RuntimeError)
+
+
+def test_a_file_that_is_damaged_after_it_was_opened_is_named(tmp_path):
+    """Truncated while a run starts, or goes on: the header was read, the tensors were not."""
+    write_wan(tmp_path / "wan")
+    rows = {"x0": torch.zeros(2, 3, 3, 8, 8), "text": torch.zeros(2, 4, 32)}
+    write_encoded(tmp_path / "encoded", rows, torch.zeros(1, 4, 32))
+    weights = component.open_weights(tmp_path / "wan" / "transformer")
+    [folder] = read_folders([str(tmp_path / "encoded")], (3, 3, 8, 8))
+    [(shard, _)] = folder.shards
+    for path in (
+        *(tmp_path / "wan" / "transformer").glob("*.safetensors"),
+        *(tmp_path / "encoded").glob("*.s*"),
+    ):
+        path.write_bytes(path.read_bytes()[:-8])
+    for read, file in (
+        (lambda: list(weights), "diffusion_pytorch_model.safetensors"),
+        (lambda: read_sample(shard, 0, ["x0"]), "00000.safetensors"),
+        (folder.uncond, "uncond.safetensors"),
+    ):
+        with pytest.raises(ValueError, match=rf"{file} cannot be read \(.*\); "):
+            read()
+
+
+def test_a_checkpoint_that_was_written_wrong_is_named(tmp_path):
+    """Its hash is right, so it was no safetensors file from the start."""
+    path = checkpoint.save(tmp_path, 1, {"student": {"w": torch.zeros(2)}}, {}, keep=1)
+    (path / "student.safetensors").write_bytes(b"not this")
+    facts = json.loads((path / "manifest.json").read_text())
+    facts["files"]["student.safetensors"] = checkpoint.sha256(path / "student.safetensors")
+    (path / "manifest.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match=r"student.safetensors \(.*\) is damaged; remove"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "eval", "export", "warm"])
+def test_several_processes_are_one_line_before_anything_is_loaded(tmp_path, command):
+    """Every one of them would write the same files. torch itself is not imported."""
+    words = [command, str(tmp_path / "any"), *(["--out", "x"] if command == "export" else [])]
+    code = f"""
+import os, sys
+os.environ["WORLD_SIZE"] = "2"
+sys.modules["torch"] = None  # to import it is an ImportError
+from fastdmd.cli import app
+app({words})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    line = "error: WORLD_SIZE = 2: several GPUs are not built yet; start one process, without a launcher\n"
+    assert done.stderr == line
+
+
+@pytest.mark.parametrize("world", ["1", ""])
+def test_one_process_by_a_launcher_is_one_process(tmp_path, monkeypatch, world):
+    monkeypatch.setenv("WORLD_SIZE", world)
+    assert "no such file" in refused("train", tmp_path / "any.toml")
 
 
 def test_python_dash_m_and_the_version():

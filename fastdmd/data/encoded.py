@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastdmd.batch import Cond
-from fastdmd.models.component import read_json
+from fastdmd.models.component import open_tensors, read_json
 
 MANIFEST, UNCOND = "manifest.json", "uncond.safetensors"
 REMEDY = "encode the folder again"
@@ -40,7 +39,7 @@ class Encoded:
         told = [key for key in self.shapes if key != "x0"]
         if "pooled" in told:
             return Cond(**{key: torch.zeros(1, *self.shapes[key]) for key in told})
-        with safe_open(self.folder / UNCOND, "pt") as file:
+        with open_tensors(self.folder / UNCOND, REMEDY) as file:
             return Cond(**{key: file.get_tensor(key) for key in told})
 
 
@@ -93,11 +92,8 @@ def _shapes(shard: Path) -> dict[str, Shape]:
     """Of a file's tensors; only its header is read."""
     if not shard.is_file():
         raise ValueError(f"{shard.parent} has no {shard.name}; {REMEDY}")
-    try:
-        with safe_open(shard, "pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no mapping)
-    except SafetensorError as e:
-        raise ValueError(f"{shard} cannot be read ({e}); {REMEDY}") from None
+    with open_tensors(shard, REMEDY) as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in list(file.keys())}
 
 
 def _check(shard: Path, given: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
@@ -109,5 +105,5 @@ def _check(shard: Path, given: Mapping[str, Shape], expected: Mapping[str, Shape
 
 def read_sample(shard: Path, row: int, keys: Sequence[str]) -> dict[str, Tensor]:
     """One row [1, ..] of a shard's tensors; no other is read."""
-    with safe_open(shard, "pt") as file:
+    with open_tensors(shard, REMEDY) as file:
         return {key: file.get_slice(key)[row : row + 1] for key in keys}

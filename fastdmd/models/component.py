@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ class Weights:
             else:
                 files.setdefault(place[0], {})[place[1]] = name
         for file, names in files.items():
-            with safe_open(file, "pt") as tensors:
+            with open_tensors(file) as tensors:
                 for there, name in names.items():
                     yield name, tensors.get_tensor(there)
 
@@ -109,14 +110,20 @@ def open_weights(path: Path) -> Weights:
     return Weights(path, shapes, places)
 
 
-def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a file's tensors; only its header is read."""
+@contextmanager
+def open_tensors(file: Path, remedy: str = "download or save the folder again") -> Iterator[Any]:
+    """Open a safetensors file, to read tensors one by one; ValueError where it cannot be read."""
     try:
         with safe_open(file, "pt") as tensors:
-            names = tensors.keys()
-            return {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
+            yield tensors
     except (FileNotFoundError, SafetensorError) as e:
-        raise ValueError(f"{file} cannot be read ({e}); download or save the folder again") from None
+        raise ValueError(f"{file} cannot be read ({e}); {remedy}") from None
+
+
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a file's tensors; only its header is read."""
+    with open_tensors(file) as tensors:
+        return {name: tuple(tensors.get_slice(name).get_shape()) for name in list(tensors.keys())}
 
 
 def read_into(

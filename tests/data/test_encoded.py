@@ -15,10 +15,10 @@ from torch import Tensor
 
 from fastdmd import config as configs
 from fastdmd.batch import Cond
-from fastdmd.data import encoded
 from fastdmd.data.encoded import read_folders, read_sample
 from fastdmd.data.table import Config
 from fastdmd.data.world import EncodedWorld, make_world
+from fastdmd.models import component
 from fastdmd.models.family import FAMILIES
 from fastdmd.models.wan import folder as wan_folder
 from fastdmd.rng import Rng
@@ -151,7 +151,7 @@ def test_one_row_is_read(videos, monkeypatch):
             return self.file.get_slice(key)
 
     shard = read_folders(videos, VIDEO)[0].shards[1][0]
-    monkeypatch.setattr(encoded, "safe_open", Slices)
+    monkeypatch.setattr(component, "safe_open", Slices)
     row = read_sample(shard, 1, ["x0", "text"])
     assert {key: (tuple(x.shape), x.unique().tolist()) for key, x in row.items()} == {
         "x0": ((1, *VIDEO), [3]),

@@ -26,7 +26,10 @@ class TextEncoder:
 
         self.parts: list[tuple[Any, Any]] = []  # tokenizer, encoder
         for end, kind in ("", CLIPTextModel), ("_2", CLIPTextModelWithProjection):
-            model = kind.from_pretrained(path, subfolder=f"text_encoder{end}", dtype=dtype, **SAFE)
+            # with its attention named, a config.json that names a kernel to fetch and run has no say
+            model = kind.from_pretrained(
+                path, subfolder=f"text_encoder{end}", dtype=dtype, attn_implementation="sdpa", **SAFE
+            )
             tokenizer = CLIPTokenizer.from_pretrained(path, subfolder=f"tokenizer{end}", **SAFE)
             self.parts.append((tokenizer, model.requires_grad_(False).eval()))
         self.device = device
