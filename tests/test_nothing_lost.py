@@ -375,7 +375,12 @@ def test_every_load_of_a_library_is_safe():
     assert wanted == component.SAFE
 
 
-CODE = "from pathlib import Path\nPath({mark!r}).write_text('ran')\nclass Mine: pass\n"
+CODE = """
+from pathlib import Path
+from transformers import T5Tokenizer
+Path({mark!r}).write_text("ran")
+Mine = T5Tokenizer
+"""
 
 
 @pytest.mark.parametrize("kind", ["wan", "sdxl"])
@@ -391,9 +396,13 @@ def test_no_code_of_a_folder_runs(tmp_path, monkeypatch, kind):
             each: ["mine.Mine", "mine.Mine"] if each == "AutoTokenizer" else "mine.Mine" for each in classes
         }
         told = json.loads(file.read_text()) | {"auto_map": names, "attn_implementation": "someone/kernel"}
+        if kind == "wan" and part == "tokenizer":
+            told["tokenizer_class"] = (
+                "Mine"  # which transformers does not have, so it would look for the code
+            )
         file.write_text(json.dumps(told))
-        for name in ("mine", "modeling_mine", "tokenization_mine"):
-            (tmp_path / part / f"{name}.py").write_text(CODE.format(mark=str(mark)))
+        for folder in (tmp_path, tmp_path / part):
+            (folder / "mine.py").write_text(CODE.format(mark=str(mark)))
     encode = FAMILIES["wan2.1" if kind == "wan" else "sdxl"].encoder(str(tmp_path), CPU, torch.float32)
     assert encode(["a red fox"]).text.isfinite().all()
     assert not mark.exists()

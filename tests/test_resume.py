@@ -151,6 +151,13 @@ def test_the_folder_of_an_older_version_goes_on(tmp_path, done, monkeypatch):
         refuse_another(make_config(tmp_path, *DMD, "data.caption_dropout=0.1"))
 
 
+def test_a_table_that_is_gone_makes_another_run_too(tmp_path, done):
+    with (done / "config.toml").open("a") as file:
+        file.write(f"\n[teacher]\npath = '{tmp_path}/wan'\n")
+    with pytest.raises(ValueError, match=r"^teacher.path = none, and .*step_00000002 has .*wan"):
+        refuse_another(make_config(tmp_path, *DMD))
+
+
 def test_the_way_to_go_on_all_the_same(tmp_path, done):
     """The remedy's last words: what is in the run's config.toml is what it is."""
     path = done / "config.toml"
