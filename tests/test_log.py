@@ -7,6 +7,7 @@ import os
 import socket
 import struct
 import sys
+import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -212,8 +213,10 @@ def offline_rows(folder: Path) -> tuple[str, list[tuple[int, dict[str, float]]],
     [path] = folder.glob("wandb/offline-run-*/run-*.wandb")
     data, at = path.read_bytes(), 7
     name, rows, code = "", [], -1
-    while at < len(data):
+    while at + 7 <= len(data):
         _, size, kind = struct.unpack_from("<IHB", data, at)
+        if at + 7 + size > len(data):
+            break  # it is being written
         assert kind == 1
         record = Record.FromString(data[at + 7 : at + 7 + size])
         at += 7 + size
@@ -228,13 +231,21 @@ def offline_rows(folder: Path) -> tuple[str, list[tuple[int, dict[str, float]]],
     return name, rows, code
 
 
+def whole_offline_rows(folder: Path) -> tuple[str, list[tuple[int, dict[str, float]]], int]:
+    """Return what `offline_rows` does once the exit code is there: a process of wandb's own writes."""
+    end = time.monotonic() + 30
+    while offline_rows(folder)[2] < 0 and time.monotonic() < end:
+        time.sleep(0.02)
+    return offline_rows(folder)
+
+
 def test_wandb_for_real(tmp_path, monkeypatch, network):
     """Offline, where a resumed run's folder has all its rows: syncing replaces a run."""
     pytest.importorskip("wandb")
     for name, value in {"MODE": "offline", "SILENT": "true", "ERROR_REPORTING": "false"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     write(tmp_path, 0, 2, "wandb")
-    first, rows, code = offline_rows(tmp_path)
+    first, rows, code = whole_offline_rows(tmp_path)
     together = [
         (0, {"valid/oracle": 0.0}),
         (1, {"train/loss_student": 0.1}),
@@ -244,7 +255,7 @@ def test_wandb_for_real(tmp_path, monkeypatch, network):
     assert (rows, code) == (together[:3], 0)
     (tmp_path / "wandb").rename(tmp_path / "before")  # folders are named by the second
     write(tmp_path, 2, 3, "wandb")
-    assert offline_rows(tmp_path) == (first, together, 0)
+    assert whole_offline_rows(tmp_path) == (first, together, 0)
     assert not network.was_touched()
 
 
