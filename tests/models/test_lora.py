@@ -1,4 +1,4 @@
-"""Adapters in our networks, off and on, and their file in stock diffusers."""
+"""Adapters in our networks, and their file in stock diffusers."""
 
 import re
 import tomllib
@@ -12,6 +12,7 @@ from test_sdxl import TINY, inputs, randomized, stock
 from torch import nn
 
 from fastdmd.batch import Cond
+from fastdmd.denoiser import Denoiser
 from fastdmd.models.lora import (
     WAN_TARGETS,
     add_lora,
@@ -23,6 +24,7 @@ from fastdmd.models.net import cast
 from fastdmd.models.sdxl.net import SDXL
 from fastdmd.models.wan.layers import WanConfig
 from fastdmd.models.wan.net import Wan
+from fastdmd.schedule import FlowSchedule
 
 WAN = WanConfig(
     num_attention_heads=2, attention_head_dim=12, num_layers=2, ffn_dim=40, in_channels=3, out_channels=3, text_dim=24,
@@ -78,8 +80,9 @@ def test_adapters_start_at_nothing_in_every_target(make, targets):
     assert torch.equal(net(*batch).F, before)
     adapters = lora_parameters(net)
     assert adapters.keys() == {f"{n}.lora_{side}.default.weight" for n in layers for side in "AB"}
-    for adapter in adapters.values():  # a Denoiser says who learns
-        adapter.requires_grad_(True)
+    assert not [n for n, p in net.named_parameters() if p.requires_grad]  # until a Denoiser says who learns
+    Denoiser(net, FlowSchedule(3.0), adapters).learn(True)
+    assert {n for n, p in net.named_parameters() if p.requires_grad} == adapters.keys()
     net(*batch).F.square().sum().backward()
     for name, p in adapters.items():  # A's gradient is through B, which is zero
         assert (p.grad.abs().max() > 0) == (".lora_B." in name), name

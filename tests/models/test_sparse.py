@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURE, make_config, write_wan
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastdmd import train
 from fastdmd.batch import Cond
@@ -72,9 +73,35 @@ def test_the_gate_is_read_from_the_modulated_tokens():
     assert not torch.allclose(called(net, batch, 0.0), F, atol=1e-4)
 
 
-def test_a_network_with_gates_is_not_called_dense():
+@pytest.mark.parametrize("dense", [None, attention.Dense()], ids=["unsaid", "said"])
+def test_a_network_with_gates_is_not_called_dense(dense):
     with pytest.raises(ValueError, match="the attention of its grid"):
-        Wan(ARCHITECTURE, TILE)(*inputs())
+        Wan(ARCHITECTURE, TILE)(*inputs(), Call(attention=dense))
+
+
+@pytest.mark.parametrize("tile", [None, TILE], ids=["dense", "sparse"])
+def test_networks_of_one_grid_and_device_have_tables_of_their_own(tile):
+    """Fake tensors of one would stand in another's calls if a module kept them, by grid and device."""
+
+    def tables(net: Wan) -> list[torch.Tensor]:
+        geometry = net.geometry((3, 5, 4), torch.device("cpu"))
+        return [geometry.rope, *(geometry.tiles.on(torch.device("cpu")) if geometry.tiles else ())]
+
+    def output(net: Wan) -> torch.Tensor:
+        batch = inputs()
+        return called(net, batch, 0.5) if tile else net(*batch).F
+
+    with FakeTensorMode():
+        fake = Wan(ARCHITECTURE, tile)
+        output(fake)
+        assert {type(table).__name__ for table in tables(fake)} == {"FakeTensor"}
+    first, second = Wan(ARCHITECTURE, tile), Wan(ARCHITECTURE, tile)
+    for net in (first, second):
+        assert output(net).isfinite().all()
+    for one, other in zip(tables(first), tables(second), strict=True):
+        assert type(one) is type(other) is torch.Tensor
+        assert torch.equal(one, other)
+        assert one.data_ptr() != other.data_ptr()
 
 
 def test_networks_share_no_tables():
