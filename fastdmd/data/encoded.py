@@ -1,13 +1,14 @@
-"""Latents and captions that were encoded beforehand: a folder of safetensors shards, read a sample at a time.
+"""Latents and captions that were encoded beforehand: a folder of safetensors shards, read sample by sample.
 
     manifest.json         {"latent_shape": [16, 21, 60, 104], "files": {"00000.safetensors": 256, ..},
                            "prompts": ["some captions to show", ..]}; files are the shards with their samples
-    00000.safetensors     x0 [n, *latent_shape], text [n, S, D]; of SDXL pooled [n, P] too
-    uncond.safetensors    the empty prompt, guidance's other side: text [1, S, D]. Of SDXL it is zeros, with no file
+    00000.safetensors     x0 [n, *latent_shape], text [n, S, D]; for SDXL pooled [n, P] too
+    uncond.safetensors    the empty prompt, the other side of guidance: text [1, S, D]; for SDXL it is zeros,
+                          and there is no file
 
-x0 is what the network denoises: the VAE's latents, normalised as its diffusers pipeline does. Any float dtype; text and
-pooled are what the model's text encoder gives. Samples are drawn alike from all folders together, and like any batch
-they are a function of (seed, step, sample). B batch, S text tokens.
+x0 is what the network denoises: the VAE's latents, normalised as its diffusers pipeline does. Any float
+dtype; text and pooled are what the model's text encoder gives. Samples are drawn alike from all folders
+together, and like any batch they are a function of (seed, step, sample). B batch, S text tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,25 +36,28 @@ class Encoded:
     prompts: tuple[str, ...]
 
     def uncond(self) -> Cond:
-        """Of one sample."""
-        told = [key for key in self.shapes if key != "x0"]
-        if "pooled" in told:
-            return Cond(**{key: torch.zeros(1, *self.shapes[key]) for key in told})
+        """Return the condition of the empty prompt, for one sample."""
+        keys = [key for key in self.shapes if key != "x0"]
+        if "pooled" in keys:
+            return Cond(**{key: torch.zeros(1, *self.shapes[key]) for key in keys})
         with open_tensors(self.folder / UNCOND, REMEDY) as file:
-            return Cond(**{key: file.get_tensor(key) for key in told})
+            return Cond(**{key: file.get_tensor(key) for key in keys})
 
 
 def read_folders(folders: Sequence[str], latent_shape: Shape) -> list[Encoded]:
-    """All of `data.sources`; ValueError for one that is not as its manifest says, or has other shapes than needed."""
+    """Read all folders of `data.sources`.
+
+    Raise ValueError for a folder that contradicts its manifest, or has other shapes than needed.
+    """
     read = [_read(folder) for folder in folders]
-    for folder, given in zip(folders, read, strict=True):
-        if given.shapes["x0"] != latent_shape:
+    for folder, encoded in zip(folders, read, strict=True):
+        if encoded.shapes["x0"] != latent_shape:
             raise ValueError(
-                f"{folder!r} has latents of {list(given.shapes['x0'])}, and data.frames and data.resolution give "
-                f"{list(latent_shape)}; use those that it was encoded at"
+                f"{folder!r} has latents of {list(encoded.shapes['x0'])}, and data.frames and "
+                f"data.resolution give {list(latent_shape)}; use those that it was encoded at"
             )
-        if given.shapes != read[0].shapes:
-            shapes = [{key: list(shape) for key, shape in each.shapes.items()} for each in (read[0], given)]
+        if encoded.shapes != read[0].shapes:
+            shapes = [{key: list(shape) for key, shape in each.shapes.items()} for each in (read[0], encoded)]
             raise ValueError(
                 f"{folders[0]!r} has samples of {shapes[0]} and {folder!r} of {shapes[1]}; use one of them"
             )
@@ -61,8 +65,9 @@ def read_folders(folders: Sequence[str], latent_shape: Shape) -> list[Encoded]:
 
 
 def _read(folder: str) -> Encoded:
-    """The manifest, checked against the header of every shard."""
-    path, kinds = Path(folder) / MANIFEST, {"latent_shape": list, "files": dict, "prompts": list}
+    """Read the manifest, and check it against the header of every shard."""
+    path = Path(folder) / MANIFEST
+    kinds = {"latent_shape": list, "files": dict, "prompts": list}
     if not path.is_file():
         raise ValueError(f"{folder!r} has no {MANIFEST}; name a folder of encoded latents")
     raw = read_json(path)
@@ -89,7 +94,7 @@ def _read(folder: str) -> Encoded:
 
 
 def _shapes(shard: Path) -> dict[str, Shape]:
-    """Of a file's tensors; only its header is read."""
+    """Return the shapes of a file's tensors; only its header is read."""
     if not shard.is_file():
         raise ValueError(f"{shard.parent} has no {shard.name}; {REMEDY}")
     with open_tensors(shard, REMEDY) as file:
@@ -104,6 +109,6 @@ def _check(shard: Path, given: Mapping[str, Shape], expected: Mapping[str, Shape
 
 
 def read_sample(shard: Path, row: int, keys: Sequence[str]) -> dict[str, Tensor]:
-    """One row [1, ..] of a shard's tensors; no other is read."""
+    """Read one row [1, ..] of a shard's tensors, and no other."""
     with open_tensors(shard, REMEDY) as file:
         return {key: file.get_slice(key)[row : row + 1] for key in keys}

@@ -1,11 +1,11 @@
-"""Prompt files: text with a prompt a line."""
+"""Prompt files: text with one prompt per line."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 
 def read_prompts(sources: Sequence[str]) -> list[str]:
-    """The prompts of text files; ValueError without any."""
+    """Return the prompts of text files; raise ValueError if there are none."""
     prompts: list[str] = []
     for source in sources:
         try:

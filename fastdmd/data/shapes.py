@@ -1,8 +1,9 @@
 """The built-in world: short procedural videos with an exact oracle and an exact posterior mean.
 
-A video [C=3, T, H, W] is a moving coloured shape over a two-level grey speckle. The caption says shape, colour and
-motion; the place is uniform on the torus, in blocks. Where the shape is not, every pixel is +SPECKLE or -SPECKLE with
-equal odds, independently, the same in all three channels: the fine random detail that few steps of a teacher lose.
+A video [C=3, T, H, W] is a moving coloured shape over a two-level grey speckle. The caption says shape,
+colour and motion; the place is uniform on the torus, in blocks. Where the shape is not, every pixel is
++SPECKLE or -SPECKLE with equal odds, independently, the same in all three channels: the fine random detail
+that few steps of a teacher lose.
 
 An image [C=3, H, W] is a video of one frame, where nothing moves and the caption says shape and colour only.
 
@@ -22,10 +23,10 @@ from fastdmd.schedule import Coeffs, per_sample
 
 SPECKLE = 0.4
 MAX_SHAPE_ERROR, MAX_GROUND_ERROR, MIN_SHARE, MAX_BIAS = 0.5, 0.25, 0.75, 0.2  # what the oracle calls right
-IMAGE_DEVIATIONS = (
-    4.5  # standard deviations, 1 / sqrt(pixels), that an image's speckle may be off: MAX_BIAS of images
-)
-BLOCK = 2  # pixels; shapes, places and motions are in blocks, a network's patch: then every token is all shape or none
+# standard deviations, 1 / sqrt(pixels), that an image's speckle may be off: the MAX_BIAS of images
+IMAGE_DEVIATIONS = 4.5
+# pixels; shapes, places and motions are in blocks, a network's patch: then every token is all shape or none
+BLOCK = 2
 TEXT_TOKENS, TEXT_DIM = 8, 32
 COLOURS = {
     "red": (1.0, -1.0, -1.0),
@@ -45,7 +46,7 @@ IMAGE_CAPTIONS = [f"a {colour} {shape}" for shape, colour, _ in STILL]
 
 
 def kinds(T: int) -> list[tuple[str, str, str]]:
-    """(shape, colour, motion) of every caption for T frames."""
+    """Return the (shape, colour, motion) of every caption for T frames."""
     return KINDS if T > 1 else STILL
 
 
@@ -54,13 +55,13 @@ def captions(T: int) -> list[str]:
 
 
 def as_video(x: Tensor) -> Tensor:
-    """Images [B, C, H, W] as videos of one frame; videos [B, C, T, H, W] as they are."""
+    """Return images [B, C, H, W] as videos of one frame, and videos [B, C, T, H, W] as they are."""
     return x[:, :, None] if x.ndim == 4 else x
 
 
 @lru_cache(maxsize=8)
 def templates(T: int, H: int, W: int) -> Tensor:
-    """Masks of every shape and motion at place (0, 0), float32 [Q, T, H, W] in the order of captions(T)."""
+    """Return the mask of each of captions(T) at place (0, 0), float32 [Q, T, H, W]."""
     masks = []
     for shape, _, motion in kinds(T):
         still = torch.zeros(H, W)
@@ -73,12 +74,15 @@ def templates(T: int, H: int, W: int) -> Tensor:
 
 
 def palette(T: int) -> Tensor:
-    """The colour of every caption for T frames, float32 [Q, C]."""
+    """Return the colour of every caption for T frames, float32 [Q, C]."""
     return torch.tensor([COLOURS[colour] for _, colour, _ in kinds(T)])
 
 
 def render(caption: Tensor, place: Tensor, bits: Tensor) -> Tensor:
-    """Videos [B, 3, T, H, W] of captions int64 [B] at places int64 [B, 2], over speckle bits {0, 1} [B, T, H, W]."""
+    """Return videos [B, 3, T, H, W] of captions at places, over speckle.
+
+    caption: int64 [B]. place: int64 [B, 2]. bits: the speckle, 0 or 1, [B, T, H, W].
+    """
     _, T, H, W = bits.shape
     mask = torch.stack(
         [
@@ -92,13 +96,16 @@ def render(caption: Tensor, place: Tensor, bits: Tensor) -> Tensor:
 
 @lru_cache(maxsize=256)
 def word_vector(word: str) -> Tensor:
-    """A fixed random direction for a word, float32 [D], the same on every machine."""
+    """Return a fixed random direction for a word, float32 [D], the same on every machine."""
     seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little") >> 1
     return torch.randn(TEXT_DIM, generator=torch.Generator().manual_seed(seed))
 
 
 def embed(captions: list[str]) -> Tensor:
-    """Text embeddings float32 [B, S, D]: one token a word, zeros behind the last one as Wan pads; "" is all zeros."""
+    """Return text embeddings float32 [B, S, D] of captions, one token per word.
+
+    Zeros follow the last word, as Wan pads, so "" is all zeros.
+    """
     out = torch.zeros(len(captions), TEXT_TOKENS, TEXT_DIM)
     for row, caption in zip(out, captions, strict=True):
         words = caption.split()
@@ -112,7 +119,7 @@ def embed(captions: list[str]) -> Tensor:
 
 
 def caption_index(text: Tensor, T: int) -> Tensor:
-    """Which of captions(T) an embedding [B, S, D] is, int64 [B]."""
+    """Return which of captions(T) each embedding of [B, S, D] is, int64 [B]."""
     known = embed(captions(T)).to(text.device).flatten(1)
     distance = torch.cdist(text.float().flatten(1), known)
     if float(distance.min(dim=1).values.max()) > 1e-2:
@@ -121,7 +128,7 @@ def caption_index(text: Tensor, T: int) -> Tensor:
 
 
 def correlate(field: Tensor, mask: Tensor) -> Tensor:
-    """Sum of field [.., T, H, W] over mask [.., T, H, W] moved to each place on the torus -> [.., H, W]."""
+    """Sum a field over a mask, both [.., T, H, W], moved to each place on the torus -> [.., H, W]."""
     product = torch.fft.rfft2(field) * torch.fft.rfft2(mask).conj()
     return torch.fft.irfft2(product.sum(-3), s=field.shape[-2:])
 
@@ -139,8 +146,9 @@ class Reading(NamedTuple):
 
 
 def read(x: Tensor) -> Reading:
-    """The exact oracle: the nearest (caption, place) by squared distance, then the speckle outside that shape.
+    """Read videos by the exact oracle.
 
+    It finds the nearest (caption, place) by squared distance, then judges the speckle outside that shape.
     x [B, 3, T, H, W], or images [B, 3, H, W].
     """
     video = as_video(x).float()
@@ -187,8 +195,8 @@ def posterior_mean(x_t: Tensor, c: Coeffs, cond: Cond) -> Tensor:
     """Return E[x0 | x_t, caption] of this world in closed form: a teacher without training.
 
     The posterior over places is a softmax of log likelihoods (a correlation on the torus); given the place a
-    shape pixel is its colour and a speckle pixel is a tanh(a alpha sum_c x_t / sigma^2). x_t [B, 3, T, H, W], or
-    images [B, 3, H, W].
+    shape pixel is its colour and a speckle pixel is a tanh(a alpha sum_c x_t / sigma^2). x_t [B, 3, T, H, W],
+    or images [B, 3, H, W].
     """
     shape, x_t = x_t.shape, as_video(x_t)
     alpha, var = per_sample(c.alpha, x_t), per_sample(c.sigma, x_t).square()
@@ -211,13 +219,16 @@ def posterior_mean(x_t: Tensor, c: Coeffs, cond: Cond) -> Tensor:
 
 
 def right(reading: Reading, caption: Tensor) -> Tensor:
-    """Which videos have everything right, bool [B]: the caption's shape, colour and motion, and a true speckle.
+    """Return which videos have everything right, bool [B].
 
-    A shape that is missing in one of four frames is a shape error of about 0.54, and a second ring in one of them a
-    ground error of 0.253: neither may be. A true speckle has three quarters of its pixels within 25 % of a level (few
-    steps of an exact denoiser have a quarter there, eight have nearly all), evenly and independent: balance and
-    correlations of real videos have a standard deviation of 0.045 at 12 x 12 pixels, and the limit is over four of
-    them away. An image has too few pixels for a limit that is the same at every size.
+    Everything is the caption's shape, colour and motion, and a true speckle.
+
+    A shape that is missing in one of four frames is a shape error of about 0.54, and a second ring in one of
+    them a ground error of 0.253: neither may be. A true speckle has three quarters of its pixels within 25 %
+    of a level (few steps of an exact denoiser have a quarter there, eight have nearly all), evenly and
+    independent: balance and correlations of real videos have a standard deviation of 0.045 at 12 x 12 pixels,
+    and the limit is over four of them away. An image has too few pixels for a limit that is the same at every
+    size.
     """
     return (
         (reading.caption == caption)
@@ -230,10 +241,9 @@ def right(reading: Reading, caption: Tensor) -> Tensor:
 
 
 def pixels(x: Tensor) -> Tensor:
-    """Videos [B, 3, T, H, W], or images [B, 3, H, W], as uint8 [B, T, H, W, 3] on the host; -1 .. 1 is 0 .. 255."""
-    return (
-        (as_video(x).float().cpu().clamp(-1, 1) * 127.5 + 127.5)
-        .round()
-        .to(torch.uint8)
-        .permute(0, 2, 3, 4, 1)
-    )
+    """Return videos [B, 3, T, H, W], or images [B, 3, H, W], as uint8 [B, T, H, W, 3] on the host.
+
+    -1 .. 1 becomes 0 .. 255.
+    """
+    levels = as_video(x).float().cpu().clamp(-1, 1) * 127.5 + 127.5
+    return levels.round().to(torch.uint8).permute(0, 2, 3, 4, 1)

@@ -26,7 +26,7 @@ def kind_of(source: str) -> Kind:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    sources: tuple[str, ...]  # "shapes"; or text files with a prompt a line; or folders of encoded latents
+    sources: tuple[str, ...]  # "shapes"; or text files, one prompt per line; or folders of encoded latents
     frames: int | None = None  # of a video; absent: images
     resolution: tuple[int, int]  # height, width in pixels
     caption_dropout: float = 0.0
@@ -34,22 +34,22 @@ class Config:
 
     @property
     def kind(self) -> Kind:
-        """Of all sources; `problems` has those that mix kinds."""
+        """Return the kind of all sources; `problems` has those that mix kinds."""
         kinds: set[Kind] = {kind_of(source) for source in self.sources}
         return kinds.pop() if len(kinds) == 1 else "prompts"
 
     def latent_frames(self) -> int:
-        """Of an image 1."""
+        """Return the number of latent frames (1 for images)."""
         if self.frames is None:
             return 1
         return self.frames if self.kind == "shapes" else (self.frames - 1) // TEMPORAL + 1
 
     def frames_for(self, latent_frames: int) -> int:
-        """The pixel frames that give a number of latent frames."""
+        """Return the pixel frames that give a number of latent frames."""
         return latent_frames if self.kind == "shapes" else max(1, (latent_frames - 1) * TEMPORAL + 1)
 
     def latent_shape(self) -> tuple[int, ...]:
-        """(C, T, H, W), of images (C, H, W)."""
+        """Return (C, T, H, W), or (C, H, W) for images."""
         time = () if self.frames is None else (self.latent_frames(),)
         H, W = self.resolution
         if self.kind == "shapes":
@@ -104,15 +104,13 @@ class Config:
         if frames < 1:
             yield "frames", f"{frames} is not positive; Wan 2.1 uses 81"
         elif (low := self.frames_for(self.latent_frames())) != frames:
-            yield (
-                "frames",
-                f"{frames} is not 1 + {TEMPORAL} n, as the VAE packs frames; nearest: {low} or {low + TEMPORAL}",
-            )
+            nearest = f"{low} or {low + TEMPORAL}"
+            yield "frames", f"{frames} is not 1 + {TEMPORAL} n, as the VAE packs frames; nearest: {nearest}"
         elif self.kind == "shapes" and frames == 1:
             yield "frames", "1 is a picture, and a video moves; use 2 or more, or remove the key for images"
 
     def with_size(self, cond: Cond) -> Cond:
-        """Of images, with what SDXL is told of size and crop: time_ids float32 [n, 6] in pixels."""
+        """Add SDXL's size and crop to the condition of images: time_ids float32 [n, 6] in pixels."""
         if self.frames is not None:
             return cond
         H, W = self.resolution

@@ -1,7 +1,7 @@
 """Worlds: sources of batches that can also show and score what a student makes of their prompts.
 
-A batch is a function of (seed, step, sample): the position of the sampler is the step, and resuming needs nothing else.
-B batch, C channel, T frames, H W space.
+A batch is a function of (seed, step, sample): the position of the sampler is the step, and resuming needs
+nothing else. B batch, C channel, T frames, H W space.
 """
 
 from collections.abc import Sequence
@@ -33,16 +33,16 @@ class World(Protocol):
     def batch(self, rng: Rng) -> Batch: ...
 
     def pixels(self, x0: Tensor) -> Tensor:
-        """uint8 [B, T, H, W, 3] on the host."""
+        """Return uint8 [B, T, H, W, 3] on the host."""
         ...
 
     def scores(self, x0: Tensor, prompts: Sequence[str], seed: int) -> dict[str, float | None]:
-        """{"oracle", "swd"}, None where the world cannot tell."""
+        """Return {"oracle", "swd"}, None where the world cannot score."""
         ...
 
 
 class ShapesWorld:
-    """The built-in world: captions, places and speckle drawn for every sample; the latent is the video itself."""
+    """The built-in world: captions, places and speckle are drawn; the latent is the video itself."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device, self.negative_prompt = config, device, config.negative_prompt
@@ -54,10 +54,10 @@ class ShapesWorld:
         self.text = shapes.embed([*self.captions, config.negative_prompt]).to(device)
 
     def cond(self, prompts: Sequence[str]) -> Cond:
-        return self._tell(shapes.embed(list(prompts)).to(self.device))
+        return self._condition(shapes.embed(list(prompts)).to(self.device))
 
-    def _tell(self, text: Tensor) -> Cond:
-        """What a network is told of text embeddings [B, S, D]."""
+    def _condition(self, text: Tensor) -> Cond:
+        """Return the condition of text embeddings [B, S, D]."""
         return Cond(text)
 
     def batch(self, rng: Rng) -> Batch:
@@ -66,7 +66,7 @@ class ShapesWorld:
         dropped = rng.uniform() < self.config.caption_dropout
         uncond = torch.full_like(caption, len(self.captions))
         rows = torch.where(dropped, uncond, caption), uncond
-        cond, other = (self._tell(self.text[row.to(self.device)]) for row in rows)
+        cond, other = (self._condition(self.text[row.to(self.device)]) for row in rows)
         return Batch(cond, other, self.latent_shape, x0.to(self.device))
 
     def _render(self, caption: Tensor, rng: Rng) -> Tensor:
@@ -78,7 +78,10 @@ class ShapesWorld:
         return shapes.pixels(x0)
 
     def scores(self, x0: Tensor, prompts: Sequence[str], seed: int) -> dict[str, float | None]:
-        """Share of samples with everything right, and sliced Wasserstein to as many real ones of the same captions."""
+        """Return the share of samples with everything right, and their sliced Wasserstein distance.
+
+        The distance is to as many real samples of the same captions.
+        """
         caption = torch.tensor([self.captions.index(prompt) for prompt in prompts])
         real = self._render(caption, Rng(seed, 0, "reference", range(len(prompts)), "cpu"))
         right = shapes.right(shapes.read(x0.cpu()), caption)
@@ -87,17 +90,18 @@ class ShapesWorld:
 
 
 class ImageShapesWorld(ShapesWorld):
-    """The built-in world as images [C, H, W], with all that SDXL wants to be told.
+    """The built-in world as images [C, H, W], with all that SDXL is conditioned on.
 
-    Pooled text is the sum of a caption's word vectors, so that "" has zeros in both embeddings, as SDXL's uncond has.
+    Pooled text is the sum of a caption's word vectors, so that "" has zeros in both embeddings, as SDXL's
+    uncond has.
     """
 
-    def _tell(self, text: Tensor) -> Cond:
+    def _condition(self, text: Tensor) -> Cond:
         return self.config.with_size(Cond(text, text.sum(1)))
 
 
 class ModelWorld:
-    """A world in the text embeddings and latents of a diffusers folder: it shows samples, and cannot score them."""
+    """A world in the text embeddings and latents of a diffusers folder; it cannot score samples."""
 
     def __init__(
         self,
@@ -117,7 +121,7 @@ class ModelWorld:
         return self.told(self.encoder(list(prompts)))
 
     def told(self, cond: Cond) -> Cond:
-        """What a network is told of embeddings, on the device."""
+        """Return the condition of embeddings, on the device."""
         return self.config.with_size(cond).to(self.device)
 
     def pixels(self, x0: Tensor) -> Tensor:
@@ -164,12 +168,14 @@ class EncodedWorld(ModelWorld):
         dropped = rng.uniform() < self.config.caption_dropout
         read = [self.sample(i) for i in index.tolist()]
         x0 = torch.cat([tensors.pop("x0") for tensors in read]).to(self.device).float()
-        told = [self.uncond if drop else Cond(**tensors) for tensors, drop in zip(read, dropped, strict=True)]
+        conds = [
+            self.uncond if drop else Cond(**tensors) for tensors, drop in zip(read, dropped, strict=True)
+        ]
         uncond = self.uncond.rows(torch.zeros_like(index))
-        return Batch(self.told(reduce(Cond.cat, told)), self.told(uncond), self.latent_shape, x0)
+        return Batch(self.told(reduce(Cond.cat, conds)), self.told(uncond), self.latent_shape, x0)
 
     def sample(self, index: int) -> dict[str, Tensor]:
-        """Of all folders' samples on end: x0, text and, of SDXL, pooled, [1, ..] on the host."""
+        """Read one of all folders' samples: x0, text and, for SDXL, pooled, [1, ..] on the host."""
         for shard, n in self.shards:
             if index < n:
                 return read_sample(shard, index, self.keys)
@@ -180,7 +186,10 @@ class EncodedWorld(ModelWorld):
 def make_world(
     config: Config, family: Family, path: str | None, device: torch.device, dtype: torch.dtype
 ) -> World:
-    """`path`: the diffusers folder with text encoder and VAE; the built-in world needs none."""
+    """Return the world of the table [data].
+
+    path: the diffusers folder with text encoder and VAE; the built-in world needs none.
+    """
     if config.kind == "shapes":
         return ImageShapesWorld(config, device) if config.frames is None else ShapesWorld(config, device)
     assert path is not None  # the configuration was checked
