@@ -19,7 +19,7 @@ class Line(NamedTuple):
 
     @property
     def curve(self) -> Sequence[Point]:
-        """What the eye follows: the points, or of a long line their running median over a twentieth of it."""
+        """Return what the eye follows: the points, or a long line's running median over a twentieth of it."""
         n, half = len(self.points), len(self.points) // 40
         if n < 80:
             return self.points
@@ -52,22 +52,28 @@ class Plane:
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers, `about` steps of 1, 2 or 5, that enclose low < high."""
+    """Return round numbers, `about` steps of 1, 2 or 5, that enclose low < high."""
     unit = 10.0 ** math.floor(math.log10((high - low) / about))
     step = next((n * unit for n in (1, 2, 5) if high - low <= about * n * unit), 10 * unit)
     return [k * step for k in range(math.floor(low / step), math.ceil(high / step) + 1)]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten, with 2 and 5 between when they are few, that enclose 0 < low < high."""
+    """Return powers of ten, with 2 and 5 between when they are few, that enclose 0 < low < high."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    digits, stride = (1, 2, 5) if high < 100 * low else (1,), math.ceil((last - first) / 5)
-    found = [d * 10.0**n for n in range(first, last + stride, stride) for d in digits]
-    return [t for t in found if max(f for f in found if f <= low) <= t <= min(f for f in found if f >= high)]
+    digits = (1, 2, 5) if high < 100 * low else (1,)
+    stride = math.ceil((last - first) / 5)
+    marks = [d * 10.0**n for n in range(first, last + stride, stride) for d in digits]
+    bottom, top = max(t for t in marks if t <= low), min(t for t in marks if t >= high)
+    return [t for t in marks if bottom <= t <= top]
 
 
 def plane(values: Sequence[float], last: int, bounds: tuple[float, float] | None) -> Plane:
-    """Without bounds: logarithmic when values span a factor of 30, else from zero unless that flattens the lines."""
+    """Return the plane for values.
+
+    Without bounds it is logarithmic when values span a factor of 30, else from zero unless that flattens the
+    lines.
+    """
     if bounds:
         return Plane(last, ticks(*bounds), False)
     low, high = min(values), max(values)
@@ -79,7 +85,7 @@ def plane(values: Sequence[float], last: int, bounds: tuple[float, float] | None
 
 
 def apart(heights: Sequence[float], gap: float, lowest: float) -> list[float]:
-    """Ascending heights of labels, moved to lie a gap apart and none under the lowest (y grows downwards)."""
+    """Move ascending heights of labels to lie a gap apart, none under the lowest (y grows downwards)."""
     out: list[float] = []
     for y in heights:
         out.append(max(y, out[-1] + gap) if out else y)
@@ -101,19 +107,19 @@ def axes(p: Plane) -> str:
 
 
 def draw(p: Plane, line: Line) -> str:
-    """A line; the points faint under the curve of a long one, dots that tell their value on a short one."""
+    """Draw a line: a long one's points faint under its curve, a short one with dots that show their value."""
     lines = p.polyline(line.points, "line")
     if line.curve is not line.points:
         lines = p.polyline(line.points, "raw") + p.polyline(line.curve, "line")
-    dots = [
-        f'<circle cx="{p.x(step):.1f}" cy="{p.y(value):.1f}" r="2.5"><title>step {step:,}: {value:.4g}</title></circle>'
-        for step, value in (line.points if len(line.points) <= 40 else ())
-    ]
+    dots = []
+    for step, value in line.points if len(line.points) <= 40 else ():
+        label = f"<title>step {step:,}: {value:.4g}</title>"
+        dots.append(f'<circle cx="{p.x(step):.1f}" cy="{p.y(value):.1f}" r="2.5">{label}</circle>')
     return f'<g class="{line.style}">{lines}{"".join(dots)}</g>'
 
 
 def names(p: Plane, lines: Sequence[Line]) -> str:
-    """Every line's name at its end."""
+    """Write every line's name at its end."""
     ends = sorted((p.y(line.curve[-1][1]) + 4, line.style, escape(line.name)) for line in lines)
     heights = apart([height for height, _, _ in ends], 14, BOTTOM + 4)
     return "".join(
@@ -130,7 +136,7 @@ def chart(
     last: int,
     bounds: tuple[float, float] | None = None,  # of the values; absent: as they are
 ) -> str:
-    """A figure over steps 0 to `last`; the legend tells last values."""
+    """Return a figure over steps 0 to `last`; the legend shows last values."""
     flat = [Line(*how, [(0, value), (last, value)]) for how, value in levels.items()]
     p = plane([value for line in (*flat, *lines) for _, value in line.points], last, bounds)
     drawn = "".join(f'<g class="{line.style}">{p.polyline(line.points, "line")}</g>' for line in flat)
@@ -139,12 +145,13 @@ def chart(
         f'<li class="{line.style}"><span>{escape(line.name)}</span> {line.curve[-1][1]:.3g}</li>'
         for line in (*lines, *flat)
     )
-    told = [f"{line.name} from {line.points[0][1]:.3g} to {line.curve[-1][1]:.3g}" for line in lines]
-    told += [f"{line.name} {line.points[0][1]:.3g}" for line in flat]
-    note += ", log scale" * p.log
-    said = escape(f"{title} over {last} steps: " + "; ".join(told))
+    parts = [f"{line.name} from {line.points[0][1]:.3g} to {line.curve[-1][1]:.3g}" for line in lines]
+    parts += [f"{line.name} {line.points[0][1]:.3g}" for line in flat]
+    if p.log:
+        note += ", log scale"
+    label = escape(f"{title} over {last} steps: " + "; ".join(parts))
     return (
         f"<figure><figcaption><h3>{escape(title)}</h3><p>{escape(note)}</p><ul>{legend}</ul></figcaption>"
-        f'<svg viewBox="0 0 480 226" role="img" aria-label="{said}">'
+        f'<svg viewBox="0 0 480 226" role="img" aria-label="{label}">'
         f"{axes(p)}{drawn}{names(p, [*flat, *lines])}</svg></figure>"
     )

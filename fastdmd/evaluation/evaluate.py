@@ -24,7 +24,7 @@ NOT_SCORED: Scores = {"oracle": None, "swd": None}
 
 @contextmanager
 def validation_weights(run: Run) -> Iterator[None]:
-    """The student with the weights that `validation.weights` names; the training weights are back bit for bit after."""
+    """Give the student the weights that `validation.weights` names, and restore its own bit for bit after."""
     if run.ema is None or run.config.validation.weights == "student":
         yield
         return
@@ -39,12 +39,16 @@ def validation_weights(run: Run) -> Iterator[None]:
 
 
 def samplers(run: Run) -> dict[str, Sampler]:
-    """By the names of summary.json: the student's sampler, and the teacher's with many steps and with the student's."""
+    """Return the samplers by the names of summary.json.
+
+    They are the student's, the teacher's with many steps, and the teacher's with as many as the student's.
+    """
     config, grid = run.config.validation, run.schedule.solver_grid(run.config.validation.teacher_steps)
     student, teacher = run.nets["student"], run.nets.get("teacher")
     w = run.method.guidance if config.teacher_guidance is None else config.teacher_guidance
     if run.method.times is None:
-        if (k := run.method.frames_per_block) is None:
+        k = run.method.frames_per_block
+        if k is None:
             return {"student": validate.ode_sampler(student, run.schedule, grid, w)}
         blocks = frame_blocks(run.world.latent_shape[1], k)
         return {"student": lambda noise, cond, uncond, rng: ode_blocks(student, noise, grid, blocks, cond)}
@@ -58,17 +62,16 @@ def samplers(run: Run) -> dict[str, Sampler]:
 
 
 def few_grid(run: Run) -> Tensor:
-    """The Euler steps of a teacher with the student's budget, float64 [steps + 1]."""
+    """Return the Euler steps of a teacher with the student's budget, float64 [steps + 1]."""
     method, schedule = run.method, run.schedule
     if method.few_grid is not None:
         return method.few_grid
-    return schedule.solver_grid(
-        run.config.validation.teacher_steps if method.times is None else len(method.times)
-    )
+    steps = run.config.validation.teacher_steps if method.times is None else len(method.times)
+    return schedule.solver_grid(steps)
 
 
 def sample(run: Run, who: str, prompts: Sequence[str], seed: int) -> Tensor:
-    """Latents [n, C, T, H, W] of one sampler."""
+    """Return latents [n, C, T, H, W] of one sampler."""
     config, known = run.config.validation, samplers(run)
     if who not in known:
         raise ValueError(f"'{who}' is not one of {', '.join(known)}, the samplers of this run")
@@ -79,7 +82,7 @@ def sample(run: Run, who: str, prompts: Sequence[str], seed: int) -> Tensor:
 
 
 def validation_sample(run: Run, who: str) -> tuple[Tensor, Scores]:
-    """The fixed validation videos of one sampler, and their scores."""
+    """Return the fixed validation videos of one sampler, and their scores."""
     config = run.config.validation
     prompts = validate.prompts_for(config, run.world)
     x0 = sample(run, who, prompts, config.seed)
@@ -87,7 +90,10 @@ def validation_sample(run: Run, who: str) -> tuple[Tensor, Scores]:
 
 
 def write_samples(run: Run, who: str, prompts: Sequence[str] | None, folder: Path, seed: int) -> Path:
-    """Videos for prompts (absent: the validation prompts that are shown) as NN.webp, and latents.safetensors."""
+    """Write videos for prompts as NN.webp, and latents.safetensors; return the folder.
+
+    prompts: absent, those of the validation that are shown.
+    """
     prompts = prompts or validate.prompts_for(run.config.validation, run.world)[: run.config.validation.show]
     x0 = sample(run, who, prompts, seed)
     for i, pixels in enumerate(run.world.pixels(x0)):
@@ -109,7 +115,7 @@ def keep_pictures(run: Run, name: str, x0: Tensor) -> None:
 
 
 def finish(run: Run) -> None:
-    """summary.json, the pictures of every sampler, report.html and comparison.webp."""
+    """Write summary.json, the pictures of every sampler, report.html and comparison.webp."""
     scores = {"student": NOT_SCORED, "teacher_50": NOT_SCORED, "teacher_few": NOT_SCORED}
     for who in samplers(run) if run.config.validation.teacher_reference else ["student"]:
         x0, scores[who] = validation_sample(run, who)

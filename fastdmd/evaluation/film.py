@@ -10,14 +10,11 @@ from PIL import Image, ImageDraw, ImageFont, ImageSequence
 from fastdmd.evaluation.summary import read_run
 
 INK, FAINT, GAP, CAPTION = "#1d1f23", "#666b73", 12, 24  # of the montage, lengths in pixels
-CELL, LIMIT = (
-    192,
-    384,
-)  # pixels: small pictures grow in whole steps up to CELL wide, large ones shrink to LIMIT
+CELL, LIMIT = 192, 384  # pixels: small pictures grow in whole steps to CELL wide, large ones shrink to LIMIT
 
 
 def fit(frame: Image.Image) -> Image.Image:
-    """Small pictures in whole multiples of their pixels, large ones reduced."""
+    """Enlarge small pictures by a whole number, and reduce large ones."""
     if frame.width > LIMIT:
         return frame.resize((LIMIT, round(frame.height * LIMIT / frame.width)), Image.Resampling.LANCZOS)
     n = max(1, CELL // frame.width)
@@ -25,7 +22,10 @@ def fit(frame: Image.Image) -> Image.Image:
 
 
 def film(path: Path) -> list[tuple[Image.Image, int]]:
-    """(frame, milliseconds) of a WebP, fitted. The encoder has joined equal frames; a still lasts 0."""
+    """Return the fitted frames of a WebP, each with its milliseconds.
+
+    The encoder has joined equal frames; a still lasts 0.
+    """
     with Image.open(path) as image:  # converting loads the frame, which sets its duration
         return [
             (fit(frame.convert("RGB")), int(frame.info["duration"]))
@@ -50,7 +50,7 @@ def save(path: Path | io.BytesIO, frames: Sequence[tuple[Image.Image, int]], los
 
 
 def comparison(folder: Path, prompts: Sequence[str], path: Path) -> None:
-    """One moving picture: a row a prompt, a column a model, with captions."""
+    """Write one moving picture with captions: one row per prompt, one column per model."""
     models = [model for model in read_run(folder)[1] if len(model.videos) >= len(prompts)]
     films = [[film(model.videos[i]) for model in models] for i in range(len(prompts))]
     tick = min([ms for row in films for each in row for _, ms in each if ms] or [1000])
@@ -60,7 +60,8 @@ def comparison(folder: Path, prompts: Sequence[str], path: Path) -> None:
     width, height = clips[0][0][0].size
     font, small = ImageFont.load_default(14), ImageFont.load_default(13)
     size = (len(models) * (width + GAP) + GAP, len(prompts) * (height + CAPTION + GAP) + CAPTION + GAP)
-    draw = ImageDraw.Draw(sheet := Image.new("RGB", size, "white"))
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
     for column, model in enumerate(models):
         draw.text((GAP + column * (width + GAP), GAP), model.label, INK, font)
     tops = [GAP + CAPTION + row * (height + CAPTION + GAP) for row in range(len(prompts))]
@@ -77,7 +78,7 @@ def comparison(folder: Path, prompts: Sequence[str], path: Path) -> None:
 
 
 def clipped(text: str, font: Any, width: float) -> str:
-    """One line of text that fits."""
+    """Return text as one line that fits."""
     line = text = " ".join(text.split())
     while font.getlength(line) > width:
         text = text[:-1].rstrip()

@@ -45,7 +45,7 @@ STYLE = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
 
 
 def table(folder: Path) -> str:
-    """The scores and the cost of a run as aligned text."""
+    """Return the scores and the cost of a run as aligned text."""
     summary, models = read_run(folder)
     rows = [list(COLUMNS), *(model.cells for model in models)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -67,7 +67,7 @@ def score_table(models: Sequence[Model]) -> str:
 
 
 def charts(folder: Path, summary: dict[str, Any], models: Sequence[Model]) -> str:
-    """What metrics.jsonl tells; the final scores end the student's curves, and the teacher's are levels."""
+    """Draw metrics.jsonl; the final scores end the student's curves, and the teacher's are levels."""
     *teachers, student = models
     rows = read_metrics(folder / "metrics.jsonl")
     if not any("valid/oracle" in row and row["step"] == summary["steps"] for row in rows):
@@ -84,26 +84,29 @@ def charts(folder: Path, summary: dict[str, Any], models: Sequence[Model]) -> st
         levels = {name: value for name, value in levels.items() if finite(value)}
         bounds = (0.0, 1.0) if "valid/oracle" in metrics else None
         figures += chart.chart(title, note, lines, levels, last, bounds) if lines else ""
-    return f'<p>In long curves the logged steps are faint, their median bold.</p><div class="charts">{figures}</div>'
+    caption = "<p>In long curves the logged steps are faint, their median bold.</p>"
+    return f'{caption}<div class="charts">{figures}</div>'
 
 
 def picture(path: Path, alt: str) -> str:
-    """An <img> with the file in it; a large one reduced."""
+    """Return an <img> with the file in it, reduced if it is large."""
     data = io.BytesIO(path.read_bytes())
     with Image.open(path) as image:
         width, height = image.size
     if width > LIMIT:
-        save(data := io.BytesIO(), frames := film(path), lossless=False)
+        data, frames = io.BytesIO(), film(path)
+        save(data, frames, lossless=False)
         width, height = frames[0][0].size
     n = max(1, CELL // width)
     source = base64.b64encode(data.getvalue()).decode()
     kind = "pixels" if n > 1 else "photo"
     size = f'width="{n * width}" height="{n * height}"'
-    return f'<img class="{kind}" {size} decoding="sync" alt="{escape(alt)}" src="data:image/webp;base64,{source}">'
+    attributes = f'class="{kind}" {size} decoding="sync" alt="{escape(alt)}"'
+    return f'<img {attributes} src="data:image/webp;base64,{source}">'
 
 
 def pictures(prompts: Sequence[str], models: Sequence[Model]) -> str:
-    """A row a prompt, a column a model."""
+    """Return a table of pictures: one row per prompt, one column per model."""
     head = "".join(f'<th scope="col">{text}</th>' for text in ("prompt", *(model.label for model in models)))
     rows = ""
     for i, prompt in enumerate(prompts):
@@ -114,13 +117,15 @@ def pictures(prompts: Sequence[str], models: Sequence[Model]) -> str:
 
 
 def write_report(folder: Path, prompts: Sequence[str]) -> None:
-    """report.html from metrics.jsonl, summary.json, config.toml and the videos of the prompts."""
+    """Write report.html from metrics.jsonl, summary.json, config.toml and the videos of the prompts."""
     summary, models = read_run(folder)
     name = escape(folder.resolve().name)
     config = (folder / "config.toml").read_text(encoding="utf-8").strip()
-    cost = f"{summary['steps']:,} steps in {clock(summary['seconds'])}, peak memory {summary['peak_mem_gb']:.2f} GB"
+    memory = f"{summary['peak_mem_gb']:.2f} GB"
+    cost = f"{summary['steps']:,} steps in {clock(summary['seconds'])}, peak memory {memory}"
+    viewport = '<meta name="viewport" content="width=device-width, initial-scale=1">'
     page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<html lang="en"><head><meta charset="utf-8">{viewport}
 <title>{name}</title><link rel="icon" href="data:,"><style>\n{STYLE}</style></head><body><main>
 <header><h1>{name}</h1><p>{cost}</p></header>
 <section><h2>Scores</h2>{score_table(models)}</section>

@@ -22,7 +22,7 @@ class Model(NamedTuple):
 
     @property
     def label(self) -> str:
-        return f"{self.name}, {self.steps} step{'s' * (self.steps != 1)}"
+        return f"{self.name}, {self.steps} {'step' if self.steps == 1 else 'steps'}"
 
     @property
     def cells(self) -> list[str]:
@@ -39,7 +39,7 @@ def finite(value: float | None) -> bool:
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], list[Model]]:
-    """summary.json, and the models that the run compared, the student last; without a teacher it is alone."""
+    """Read summary.json and the models that the run compared, the student last; it may be alone."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     config = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
     many = config["validation"]["teacher_steps"]

@@ -43,14 +43,14 @@ class Config:
 
 
 def ode_sampler(denoiser: Denoiser, schedule: Schedule, grid: Tensor, guidance: float) -> Sampler:
-    """A model by Euler steps along a grid, under guidance."""
+    """Return a sampler that takes Euler steps along a grid, under guidance."""
     return lambda noise, cond, uncond, rng: sampler.ode(
         sampler.guided(denoiser, uncond, guidance), schedule, noise, grid, cond
     )
 
 
 def prompts_for(config: Config, world: World) -> list[str]:
-    """The prompts of all validation samples."""
+    """Return the prompts of all validation samples."""
     return list(islice(cycle(config.prompts or world.prompts), config.samples))
 
 
@@ -64,7 +64,10 @@ def generate(
     device: torch.device,
     what: str,
 ) -> Tensor:
-    """Latents [n, C, T, H, W] for prompts; sample i's noise depends on (seed, i) only, whatever the batch size."""
+    """Return latents [n, C, T, H, W] for prompts.
+
+    The noise of sample i depends on (seed, i) only, whatever the batch size.
+    """
     done, progress = [], Progress(what, len(prompts))
     for first in range(0, len(prompts), batch_size):
         chunk = prompts[first : first + batch_size]
@@ -76,7 +79,7 @@ def generate(
 
 
 def save_webp(path: Path, pixels: Tensor, scale: int = 1, fps: int = 4) -> None:
-    """One video uint8 [T, H, W, 3] as an animated WebP."""
+    """Write one video uint8 [T, H, W, 3] as an animated WebP."""
     frames = [Image.fromarray(frame.numpy()) for frame in pixels]
     if scale > 1:
         frames = [
