@@ -17,7 +17,10 @@ from fastdmd_kernels.tiles import Tiles
 
 class Attention(Protocol):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None = None) -> Tensor:
-        """Return [B, L, N, K] for q, k, v [B, L, N, K], q and k turned by RoPE. gate: of the sparse one only."""
+        """Return [B, L, N, K] for q, k, v [B, L, N, K], q and k turned by RoPE.
+
+        gate: of the sparse attention only.
+        """
         ...
 
 
@@ -80,9 +83,9 @@ class Cached:
             self.v[:, self.start : stop].copy_(v)
             return attention(q, self.k[:, :stop], self.v[:, :stop])
         # Copies. Autograd keeps what attention has read until the backward, and by then the context passes of
-        # later blocks have written to the buffers: views of them would be refused, since writing to one part of a
-        # buffer counts as a change of all of it. What is held has no graph, as it was written without gradient,
-        # so gradient reaches the block's own keys and values only. Checkpointing keeps no copy: it comes here
-        # again, and finds the same, since a video never writes a token twice.
+        # later blocks have written to the buffers: views of them would be refused, since writing to one part
+        # of a buffer counts as a change of all of it. What is held has no graph, as it was written without
+        # gradient, so gradient reaches the block's own keys and values only. Checkpointing keeps no copy: it
+        # comes here again, and finds the same, since a video never writes a token twice.
         held_k, held_v = self.k[:, : self.start], self.v[:, : self.start]
         return attention(q, torch.cat([held_k, k], 1), torch.cat([held_v, v], 1))

@@ -38,15 +38,15 @@ class Family:
     component: str  # the network's folder in a diffusers folder
     frozen: tuple[str, ...]  # the folders that prompts need beside it
     encoder: Callable[[str, torch.device, torch.dtype], Encoder]  # of a folder's prompts
-    decode: Callable[
-        [str, Tensor, torch.device, torch.dtype], Tensor
-    ]  # latents to uint8 [B, T, H, W, 3] on the host
+    # latents to uint8 [B, T, H, W, 3] on the host
+    decode: Callable[[str, Tensor, torch.device, torch.dtype], Tensor]
     told: tuple[str, ...]  # of an architecture, the widths of prompts' embeddings: of Cond.text, Cond.pooled
     latent_axes: tuple[str, ...]  # of latents [B, C, ..], by the data's keys
     read_config: Callable[[Path], Any]
     make: Callable[[Any, Options], Net]  # random weights, on torch's current device
     open_weights: Callable[[Path, Any], Weights]  # of a folder, by the names of a network
-    # (a re-noising student's times or None, schedule, folder of the frozen parts) -> diffusers'; ValueError for none
+    # (a re-noising student's times or None, schedule, folder of the frozen parts) -> diffusers' scheduler;
+    # ValueError where there is none
     make_scheduler: Callable[[Sequence[float] | None, Any, Path | None], Any]
     # (out, architecture, weights, scheduler, folder of the frozen parts)
     export: Callable[[Path, Any, Mapping[str, Tensor], Any, Path | None], None]
@@ -57,13 +57,13 @@ def _make_wan(config: Any, options: Options) -> Wan:
     return (CausalWan if options.causal else Wan)(config, options.tile)
 
 
-def _told(config: Any, options: Options) -> int | None:
-    """The width of the guidance embedding."""
+def _guidance_width(config: Any, options: Options) -> int | None:
+    """Return the width of the guidance embedding; None where there is none."""
     return (config.time_cond_proj_dim or GUIDANCE_EMBEDDING) if options.guidance_embedding else None
 
 
 def _make_sdxl(config: Any, options: Options) -> SDXL:
-    return SDXL(sdxl_folder.with_guidance(config, _told(config, options)))
+    return SDXL(sdxl_folder.with_guidance(config, _guidance_width(config, options)))
 
 
 FAMILIES: Mapping[str, Family] = {

@@ -37,9 +37,9 @@ class LoraConfig:
 
 
 def add_lora(module: nn.Module, rank: int, alpha: float, targets: Sequence[str]) -> None:
-    """Put adapters into every layer whose name ends in a target, without values that mean anything: `start_lora`.
+    """Put adapters into every layer whose name ends in a target.
 
-    Raise ValueError for a target that is no layer.
+    Their values mean nothing until `start_lora`. Raise ValueError for a target that is no layer.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -80,7 +80,7 @@ def start_lora(module: nn.Module, seed: int, device: torch.device, dtype: torch.
 
 
 def lora_parameters(module: nn.Module, whole: Sequence[str] = ()) -> dict[str, nn.Parameter]:
-    """The adapters' parameters by name, and those of the modules that are trained whole."""
+    """Return the adapters' parameters by name, and those of the modules that are trained whole."""
     found = {}
     for name, parameter in module.named_parameters():
         if ".lora_A." in name or ".lora_B." in name or any(name.startswith(f"{part}.") for part in whole):
@@ -89,7 +89,7 @@ def lora_parameters(module: nn.Module, whole: Sequence[str] = ()) -> dict[str, n
 
 
 def merged(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters of a network without adapters that computes the same: W + alpha / rank B A."""
+    """Return the parameters of a network without adapters that computes the same: W + alpha / rank B A."""
     from peft.tuners.lora import LoraLayer
 
     found = {
@@ -104,10 +104,10 @@ def merged(module: nn.Module) -> dict[str, Tensor]:
 
 
 def export_lora(path: Path, weights: Mapping[str, Tensor], rank: int, alpha: float, prefix: str = "") -> None:
-    """A safetensors file for `load_lora_weights` of diffusers' pipelines, from adapters by the names of a network.
+    """Write adapters, by the names of a network, for `load_lora_weights` of diffusers' pipelines.
 
-    Those of SDXL begin with "unet." as they have to; Wan's take the prefix "transformer.". A reader takes alpha for the
-    rank, so the file's B has alpha / rank in it.
+    The names of SDXL begin with "unet." as they have to; Wan's take the prefix "transformer.". A reader takes
+    alpha for the rank, so the file's B has alpha / rank in it.
     """
     tensors = {}
     for name, value in weights.items():

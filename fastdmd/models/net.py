@@ -26,12 +26,12 @@ class Architecture(Protocol):
 
     @property
     def text_dim(self) -> int:
-        """The width of `Cond.text`."""
+        """Return the width of `Cond.text`."""
         ...
 
     @property
     def grain(self) -> tuple[int, ...]:
-        """Latents along their axes have to be multiples of it."""
+        """Return what latents along their axes have to be multiples of."""
         ...
 
     def shallow(self, depth: int) -> Self:
@@ -66,9 +66,7 @@ class Net(nn.Module, ABC):
     """A role's network. `forward` is the only way in, as FSDP2 hooks no other."""
 
     config: Any  # its Architecture
-    float32: tuple[
-        str, ...
-    ] = ()  # parts of the names of parameters that stay float32 whatever the compute dtype
+    float32: tuple[str, ...] = ()  # parts of names of parameters that stay float32 whatever the compute dtype
     checkpointing = False  # whether the blocks are recomputed in the backward
     blocks: Sequence[nn.Module] | nn.ModuleList  # in the order of the walk
     widths: tuple[int, ...]  # channels after each block
@@ -79,7 +77,10 @@ class Net(nn.Module, ABC):
 
     @abstractmethod
     def flops(self, shape: Iterable[int], text_tokens: int, call: Call = PLAIN) -> int:
-        """Return multiply-adds x 2 of one forward of a latent [B, C, ..]: products, convolutions, attention."""
+        """Return multiply-adds x 2 of one forward of a latent [B, C, ..].
+
+        They are those of products, convolutions and attention.
+        """
 
     @abstractmethod
     def start_from_scratch(self) -> Self:
@@ -98,7 +99,10 @@ class Net(nn.Module, ABC):
         raise ValueError(f"{type(self).__name__} makes no video block by block")
 
     def prepare(self, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> None:
-        """Make what calls on latents [B, C, ..] of that shape share: tables, and the choice of the dense attention."""
+        """Make what calls on latents [B, C, ..] of that shape share.
+
+        That is tables, and the choice of the dense attention.
+        """
 
     def recompute_blocks(self, on: bool) -> None:
         """Say whether the blocks are recomputed in the backward."""

@@ -70,7 +70,7 @@ class SDXLConfig:
     projection_class_embeddings_input_dim: int = 2816
     in_channels: int = 4
     out_channels: int = 4
-    sample_size: int = 128  # the side of latents that a pipeline makes when it is not told
+    sample_size: int = 128  # the side of latents that a pipeline makes by default
     time_cond_proj_dim: int | None = None  # of a guidance embedding; LCM uses 256
 
     @property
@@ -78,7 +78,7 @@ class SDXLConfig:
         return tuple(UP[kind] for kind in reversed(self.down_block_types))
 
     def keys(self) -> dict[str, Any]:
-        """All that diffusers has to be told."""
+        """Return all keys that diffusers needs."""
         return {**FIXED, **asdict(self), "up_block_types": self.up_block_types}
 
     @property
@@ -87,7 +87,7 @@ class SDXLConfig:
 
     @property
     def grain(self) -> tuple[int, int]:
-        """Latents along H, W have to be multiples of it: every level but the last halves them."""
+        """Return what latents along H, W have to be multiples of: every level but the last halves them."""
         side = 2 ** (len(self.block_out_channels) - 1)
         return side, side
 
@@ -126,15 +126,16 @@ class SDXLConfig:
             least = TIME_IDS * self.addition_time_embed_dim
             yield (
                 "projection_class_embeddings_input_dim",
-                f"{self.projection_class_embeddings_input_dim} leaves nothing of pooled text beside {TIME_IDS} x "
-                f"addition_time_embed_dim = {least}; use more",
+                f"{self.projection_class_embeddings_input_dim} leaves nothing of pooled text beside "
+                f"{TIME_IDS} x addition_time_embed_dim = {least}; use more",
             )
 
 
 def guidance_embedding(w: Tensor, dim: int) -> Tensor:
-    """Sinusoidal embedding of guidance [B] -> float32 [B, dim], sines first, a zero behind an odd dim.
+    """Return the sinusoidal embedding of guidance [B], float32 [B, dim].
 
-    As LCM (2310.04378) trains it: of 1000 g for the g of its `cond + g (cond - uncond)`, which is w - 1.
+    Sines come first; an odd dim ends in a zero. It is LCM's (2310.04378), of 1000 g for the g of its
+    `cond + g (cond - uncond)`, which is w - 1.
     """
     half = dim // 2
     freq = torch.exp(
@@ -145,7 +146,10 @@ def guidance_embedding(w: Tensor, dim: int) -> Tensor:
 
 
 class SDXL(Net):
-    """A role's network: x_t [B, C, H, W], model_t [B] (index into the noise table), Cond -> F [B, C, H, W]."""
+    """A role's network: x_t [B, C, H, W], model_t [B], Cond -> F [B, C, H, W].
+
+    model_t is an index into the noise table.
+    """
 
     def __init__(self, config: SDXLConfig) -> None:
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -160,11 +164,14 @@ class SDXL(Net):
 
     def recompute_blocks(self, on: bool) -> None:
         super().recompute_blocks(on)
-        (self.unet.enable_gradient_checkpointing if on else self.unet.disable_gradient_checkpointing)()
+        if on:
+            self.unet.enable_gradient_checkpointing()
+        else:
+            self.unet.disable_gradient_checkpointing()
 
     @torch.no_grad()
     def start_from_scratch(self) -> Self:
-        """Set random weights to train from: every residual branch and the output start at zero (2105.05233)."""
+        """Set random weights to train from: residual branches and the output start at zero (2105.05233)."""
         for name, parameter in self.named_parameters():
             if name.rpartition(".")[0].endswith((".conv2", ".proj_out", ".conv_out")):
                 parameter.zero_()
@@ -176,7 +183,10 @@ class SDXL(Net):
         return [*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks]
 
     def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond, call: Call = PLAIN) -> Out:
-        """Return F, and the hidden states [B, D, H', W'] after the blocks `call.layers`, each on its own grid."""
+        """Return F, and the hidden states [B, D, H', W'] after the blocks `call.layers`.
+
+        Each is on its own grid.
+        """
         assert not call.blocks, "SDXL makes images"
         dtype = self.unet.conv_in.weight.dtype
         if cond.pooled is None or cond.time_ids is None:
@@ -214,25 +224,33 @@ class SDXL(Net):
                 hook.remove()
 
     def _guidance_embedding(self, w: Tensor | None) -> Tensor | None:
-        """Return the embedding [B, G] of the guidance; ValueError when one of the two has none."""
+        """Return the embedding [B, G] of the guidance, None without one.
+
+        Raise ValueError when only one of condition and network has it.
+        """
         dim = self.config.time_cond_proj_dim
-        if (w is None) == (dim is None):
-            return None if w is None or dim is None else guidance_embedding(w, dim)
-        raise ValueError(
-            f"time_cond_proj_dim is {dim}, so SDXL has a guidance embedding; set Cond.guidance"
-            if w is None
-            else "Cond.guidance is set, and this SDXL has no guidance embedding; use one with time_cond_proj_dim = 256"
-        )
+        if w is None and dim is None:
+            return None
+        if w is None:
+            raise ValueError(
+                f"time_cond_proj_dim is {dim}, so SDXL has a guidance embedding; set Cond.guidance"
+            )
+        if dim is None:
+            raise ValueError(
+                "Cond.guidance is set, and this SDXL has no guidance embedding; "
+                "use one with time_cond_proj_dim = 256"
+            )
+        return guidance_embedding(w, dim)
 
     def flops(self, shape: Iterable[int], text_tokens: int, call: Call = PLAIN) -> int:
-        """Return multiply-adds x 2 of one forward of a latent [B, C, H, W], of the network without adapters."""
+        """Return multiply-adds x 2 of one forward of a latent [B, C, H, W], without adapters."""
         B, *latent = shape
         return B * _flops(self.config, tuple(latent), text_tokens)
 
 
 @lru_cache(maxsize=32)
 def _flops(config: SDXLConfig, latent: tuple[int, ...], text_tokens: int) -> int:
-    """Of one sample, counted on the meta device."""
+    """Count the FLOPs of one sample on the meta device."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):

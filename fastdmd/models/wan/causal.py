@@ -1,8 +1,8 @@
-"""Block-causal Wan: a video block by block of frames, each of which sees itself and the clean blocks before it
-(CausVid 2412.07772, section 4.1; Self-Forcing 2506.08009, section 3.2).
+"""Block-causal Wan: a video made block by block of frames (CausVid 2412.07772; Self-Forcing 2506.08009).
 
-Weights, their names and everything but self-attention are Wan's. B batch, C channel, T frames, H W space, L tokens in
-raster order (so frame by frame), N heads, K head dim, D width, n blocks of frames.
+Each block sees itself and the clean blocks before it (CausVid, section 4.1; Self-Forcing, section 3.2).
+Weights, their names and everything but self-attention are Wan's. B batch, C channel, T frames, H W space, L
+tokens in raster order (so frame by frame), N heads, K head dim, D width, n blocks of frames.
 """
 
 import math
@@ -20,9 +20,10 @@ from fastdmd_kernels.tiles import Grid
 
 
 class KVCache:
-    """Keys, turned by RoPE at their own frames, and values of the clean blocks so far: [B, L, N, K] for each layer.
+    """Keys and values of the clean blocks so far: [B, L, N, K] for each layer.
 
-    It is as long as the whole video from the start, is filled from the front, and serves the next video again.
+    Keys are turned by RoPE at their own frames. The cache is as long as the whole video from the start, is
+    filled from the front, and serves the next video again.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Video:
         return self.cache.current is not self
 
     def attention(self, layer: int, write: bool) -> Cached:
-        """Return how a layer's block of tokens, the next after those that are held, attends; `write` holds it."""
+        """Return how a layer's next block of tokens attends; `write` holds it."""
         return Cached(self.cache.k[layer], self.cache.v[layer], self.tokens, write, self)
 
 
@@ -66,7 +67,7 @@ def block_causal_mask(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 
 def per_token(rows: Tensor, lengths: Sequence[int]) -> Tensor:
-    """[B, n, ..] -> [B, L, ..], row i for each token of block i."""
+    """Repeat row i of [B, n, ..] for each token of block i -> [B, L, ..]."""
     return torch.cat(
         [rows[:, i : i + 1].expand(-1, length, *rows.shape[2:]) for i, length in enumerate(lengths)], dim=1
     )
@@ -82,7 +83,8 @@ class CausalWan(Wan):
     def __init__(self, config: WanConfig, tile: Grid | None = None) -> None:
         if tile is not None:
             raise ValueError(
-                "rollout.mode = 'causal' has no sparse attention for the student; set model.attention.student = 'dense'"
+                "rollout.mode = 'causal' has no sparse attention for the student; "
+                "set model.attention.student = 'dense'"
             )
         super().__init__(config)
         self._cache: KVCache | None = None
@@ -102,7 +104,7 @@ class CausalWan(Wan):
     def start_video(self, shape: Iterable[int]) -> Video:
         """Return an empty cache for videos [B, C, T, H, W].
 
-        It is the one of the video before where that fits, so there is only one in memory, allocated once a run.
+        It is the one of the video before where that fits: only one is in memory, allocated once per run.
         """
         B, *latent = shape
         weight = self.patch_embedding.weight
@@ -115,11 +117,12 @@ class CausalWan(Wan):
     def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond, call: Call = PLAIN) -> Out:
         """Return v: of one block that holds all frames, of the block after a cache, or of all blocks at once.
 
-        `call.cache`: x_t [B, C, k, H, W] are the k frames that follow those in the cache, at times model_t [B].
+        `call.cache`: x_t [B, C, k, H, W] are the k frames after those in the cache, at times model_t [B].
         `call.write` is the context pass, for which gradient has to be off.
         `call.blocks`: block i has blocks[i] frames and the times model_t[:, i] of [B, n], and sees the blocks
-        before it as they are in x_t. The same as a call on each in turn, with each written as it is, but for
-        gradient: here it flows from a block into the keys and values of those before. The mask takes L^2 bytes.
+        before it as they are in x_t. It is the same as a call on each in turn, with each written as it is,
+        but for gradient: here it flows from a block into the keys and values of those before. The mask takes
+        L^2 bytes.
         """
         if call.cache is not None:
             return self._block(x_t, model_t, cond, call.cache, call)
@@ -150,7 +153,8 @@ class CausalWan(Wan):
         pt, *_ = self.config.patch_size
         if n != len(frames) or sum(frames) != x_t.shape[2] or any(k < 1 or k % pt for k in frames):
             raise ValueError(
-                f"blocks of {list(frames)} frames do not make up {x_t.shape[2]} frames in {n} times and patches of {pt}"
+                f"blocks of {list(frames)} frames do not make up {x_t.shape[2]} frames in {n} times "
+                f"and patches of {pt}"
             )
         lengths = tuple(k // pt * grid[1] * grid[2] for k in frames)
         time, modulation, text = self.embed(model_t.flatten(), cond)

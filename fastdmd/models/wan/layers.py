@@ -1,7 +1,7 @@
-"""Layers of Wan, named as diffusers names them: embedders, attention, feed-forward, block; and its architecture.
+"""Architecture and layers of Wan, named as diffusers names them.
 
-B batch, L tokens, D width, N heads, K head dim, S text tokens. M is 1 where one time holds for all tokens of a
-sample, L where each token has its own.
+B batch, L tokens, D width, N heads, K head dim, S text tokens. M is 1 where one time holds for all tokens of
+a sample, L where each token has its own.
 """
 
 import math
@@ -43,7 +43,7 @@ class WanConfig:
 
     @property
     def grain(self) -> Grid:
-        """Latents along T, H, W have to be multiples of it."""
+        """Return what latents along T, H, W have to be multiples of."""
         return self.patch_size
 
     def shallow(self, depth: int) -> Self:
@@ -67,10 +67,10 @@ def layer_norm(x: Tensor, eps: float) -> Tensor:
 
 
 def rope_table(grid: Grid, K: int, tiles: Tiles | None, device: torch.device) -> Tensor:
-    """Rotations of 3-D RoPE, float32 [2, L, 1, K] (cos, and sin with the sign of `rotate`), in token order.
+    """Return rotations of 3-D RoPE, float32 [2, L, 1, K] (cos, sin with `rotate`'s sign), in token order.
 
-    Head channels are split t, h, w as K - 2 * 2(K//6), 2(K//6), 2(K//6); base 10,000. Angles are computed in float64 on
-    the host: at position 1,000 float32 angles are off by 3e-5.
+    Head channels are split t, h, w as K - 2 * 2(K//6), 2(K//6), 2(K//6); base 10,000. Angles are computed in
+    float64 on the host: at position 1,000 float32 angles are off by 3e-5.
     """
     side = 2 * (K // 6)
     axes = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
@@ -87,10 +87,11 @@ def rope_table(grid: Grid, K: int, tiles: Tiles | None, device: torch.device) ->
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate interleaved channel pairs of x [B, L, N, K] by rope [2, L, 1, K]; as `wide` inside, dtype of x outside.
+    """Rotate interleaved channel pairs of x [B, L, N, K] by rope [2, L, 1, K].
 
-    (re, im) -> (re, im) cos + (im, re) (-sin, sin): products of whole rows, 2.8 times faster on a CPU than of every
-    other channel.
+    The arithmetic is as `wide` as x allows, the result has x's dtype.
+    (re, im) -> (re, im) cos + (im, re) (-sin, sin): products of whole rows, 2.8 times faster on a CPU than of
+    every other channel.
     """
     cos, sin = rope
     y = wide(x)
@@ -99,7 +100,7 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 def time_frequencies(model_t: Tensor, dim: int) -> Tensor:
-    """Sinusoidal embedding of times [B] -> float32 [B, dim], cosines first."""
+    """Return the sinusoidal embedding of times [B], float32 [B, dim], cosines first."""
     half = dim // 2
     freq = torch.exp(
         torch.arange(half, device=model_t.device, dtype=torch.float32) * (-math.log(10000.0) / half)
@@ -129,7 +130,7 @@ class ConditionEmbedder(nn.Module):
         self.text_embedder = TwoLinear(config.text_dim, D, nn.GELU(approximate="tanh"))
 
     def forward(self, model_t: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """-> time [B, D], block modulation [B, 6, D], text [B, S, D]."""
+        """Return time [B, D], block modulation [B, 6, D] and text [B, S, D]."""
         dtype = self.time_embedder.linear_1.weight.dtype
         time = self.time_embedder(time_frequencies(model_t, self.freq_dim).to(dtype)).to(text.dtype)
         return time, self.time_proj(nnf.silu(time)).unflatten(1, (6, -1)), self.text_embedder(text)
@@ -201,7 +202,9 @@ class Block(nn.Module):
     ) -> Tensor:
         """Return the tokens after the block.
 
-        x [B, L, D], text [B, S, D], modulation [B, 6, M, D]; normalisation, modulation, residuals in float32."""
+        x [B, L, D], text [B, S, D], modulation [B, 6, M, D]. Normalisation, modulation and residuals are in
+        float32.
+        """
         dtype = x.dtype
         table = self.scale_shift_table[:, :, None]
         shift1, scale1, gate1, shift3, scale3, gate3 = (table + modulation.float()).unbind(1)  # [B, M, D]

@@ -1,10 +1,11 @@
-"""Wan 2.1 text-to-video DiT (arXiv 2503.20314), with the state-dict names of `diffusers.WanTransformer3DModel`.
+"""Wan 2.1 text-to-video DiT (arXiv 2503.20314), with the names of `diffusers.WanTransformer3DModel`.
 
-B batch, C channel, T frames, H W space, L tokens, D width, N heads, K head dim, S text tokens. M is 1 where one time
-holds for all tokens of a sample, L where each token has its own.
+B batch, C channel, T frames, H W space, L tokens, D width, N heads, K head dim, S text tokens. M is 1 where
+one time holds for all tokens of a sample, L where each token has its own.
 
-Tokens are put in one fixed order at the patch embedding and leave it at the end: raster, or tile order when `tile` is
-set and self-attention is video sparse attention. No attention sees the order, as the RoPE table is in the same one.
+Tokens are put in one fixed order at the patch embedding and leave it at the end: raster, or tile order when
+`tile` is set and self-attention is video sparse attention. No attention sees the order, as the RoPE table is
+in the same one.
 """
 
 import math
@@ -36,7 +37,7 @@ class VSAConfig:
     tile: Grid = (4, 4, 4)  # tokens, t h w
 
     def sparsity_at(self, step: int) -> float:
-        """The sparsity of step `step` (0-based)."""
+        """Return the sparsity of step `step` (0-based)."""
         rises = step // self.warmup_every if self.warmup_every else math.inf
         return min(self.sparsity, self.warmup_step * rises)
 
@@ -109,7 +110,7 @@ class Wan(Net):
         return T // pt, H // ph, W // pw
 
     def prepare(self, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> None:
-        """Make the tables of latents [B, C, T, H, W], and choose the dense attention before the first step."""
+        """Make the tables of latents [B, C, T, H, W], and choose the dense attention."""
         self.geometry(self.grid(shape), device)
         prepare(device, dtype, self.config.attention_head_dim)
 
@@ -150,7 +151,7 @@ class Wan(Net):
         return x.reshape(*x.shape[:2], gt * pt, gh * ph, gw * pw)
 
     def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond, call: Call = PLAIN) -> Out:
-        """Return v, and the hidden states [B, D, T, H, W] of the token grid after the blocks `call.layers`."""
+        """Return v, and the hidden states [B, D, T, H, W] on the token grid after `call.layers`."""
         assert call.cache is None, "no causal network"
         assert not call.blocks, "no causal network"
         if self.tile is not None and not isinstance(call.attention, Sparse):
@@ -198,7 +199,7 @@ class Wan(Net):
         return Out(self.unpatchify(x, grid), maps)
 
     def flops(self, shape: Iterable[int], text_tokens: int, call: Call = PLAIN) -> int:
-        """Return multiply-adds x 2 of one forward of a latent [B, C, T, H, W]: products and attention only."""
+        """Return multiply-adds x 2 of products and attention in one forward of a latent [B, C, T, H, W]."""
         B, *latent = shape
         grid, S, D, c = self.grid(latent), text_tokens, self.config.width, self.config
         L, patch = math.prod(grid), math.prod(c.patch_size)
