@@ -1,9 +1,10 @@
-"""Dual-expert consistency (DCM 2506.03123): a student for the noisy times, where layout is decided, one for the rest.
+"""Dual-expert consistency (DCM 2506.03123): one student for the noisy times, and one for the rest.
 
-The grid of N Euler points is sigma_j = S((j + 1) / N), S the schedule's shift; sigma_prev_j = sigma_{j-1}, and
-sigma_prev_0 = S(1 / 1000). The semantic expert is trained at j >= boundary_index, the detail expert below. From sigma_i
-each jumps in one Euler step to the end sigma_e of its phase, and learns to land where the teacher's step and its own
-jump from there land. Flow models: x_t = (1 - sigma) x0 + sigma eps. B batch; latents [B, C, T, H, W].
+Layout is decided at the noisy times. The grid of N Euler points is sigma_j = S((j + 1) / N), S the schedule's
+shift; sigma_prev_j = sigma_{j-1}, and sigma_prev_0 = S(1 / 1000). The semantic expert is trained at
+j >= boundary_index, the detail expert below. From sigma_i each jumps in one Euler step to the end sigma_e of
+its phase, and learns to land where the teacher's step and its own jump from there land. Flow models:
+x_t = (1 - sigma) x0 + sigma eps. B batch; latents [B, C, T, H, W].
 """
 
 from collections.abc import Iterator, Mapping
@@ -35,9 +36,8 @@ class Config:
     expert: Literal["semantic", "detail"]  # detail: the student starts from the semantic one
     guidance: float  # of the teacher's steps, uncond + w (cond - uncond); DCM uses w = 6
     target: Target  # whose jump is learned: the student's average, or the student without gradient
-    temporal_weight: (
-        float  # of the square error of frame differences; DCM: 1 for the semantic expert, 0 for the detail
-    )
+    # of the square error of frame differences; DCM: 1 for the semantic expert, 0 for the detail
+    temporal_weight: float
     temporal_lag: int = 3  # latent frames between the two of a difference
     solver_steps: int = 50  # N
     boundary_index: int = 35  # the first point of the semantic expert
@@ -45,18 +45,15 @@ class Config:
     huber_c: float = 1e-3
     semantic_timesteps: tuple[float, ...] = (1000.0, 992.0, 982.0)  # of sampling, 1000 sigma
     detail_timesteps: tuple[float, ...] = (949.0, 905.0, 810.0)
-    adversarial_weight: float = (
-        0.1  # of hinge and features together; 0: the detail expert has no discriminator
-    )
+    # of hinge and features together; 0: the detail expert has no discriminator
+    adversarial_weight: float = 0.1
     hinge_weight: float = 5.0
     feature_weight: float = 10.0
-    disc_layers: tuple[int, ...] | None = (
-        None  # blocks of the teacher, from 0; absent: every second one, 0 first
-    )
+    disc_layers: tuple[int, ...] | None = None  # blocks of the teacher, from 0; absent: every second, 0 first
 
     @property
     def points(self) -> range:
-        """Those of the solver's grid that the expert is trained at."""
+        """Return the points of the solver's grid that the expert is trained at."""
         boundary = self.boundary_index
         return range(boundary, self.solver_steps) if self.expert == "semantic" else range(boundary)
 
@@ -177,11 +174,14 @@ class DCM(Method):
         return gan.make_heads(nets["teacher"], self.layers(nets), "method.disc_layers")
 
     def layers(self, nets: Nets) -> tuple[int, ...]:
-        """The teacher's blocks that the discriminator judges by."""
+        """Return the teacher's blocks that the discriminator judges by."""
         return self.config.disc_layers or tuple(range(0, len(nets["teacher"].net.widths), 2))
 
     def draw(self, phase: str, rng: Rng, shape: tuple[int, ...], carry: Carry) -> Draws | None:
-        """Draw i uniform over the expert's points, and the adversarial pair's level; the disc phase draws nothing."""
+        """Draw i uniform over the expert's points, and the adversarial pair's level.
+
+        The disc phase draws nothing.
+        """
         if phase == "disc":
             return None
         points, eps = self.config.points, rng.normal(shape)
@@ -199,7 +199,10 @@ class DCM(Method):
         return Draws(Level(c, eps), c_prev, *lengths, adversarial=Further(c_judged, n, keep, add))
 
     def loss(self, phase: str, nets: Nets, batch: Batch, draws: Draws | None, carry: Carry) -> Loss:
-        """`trains` keeps the discriminator's parameters out of the student's gradient."""
+        """Return the student's loss, or the discriminator's.
+
+        `trains` keeps the discriminator's parameters out of the student's gradient.
+        """
         if draws is None:
             return self.disc_loss(nets, batch, carry)
         config = self.config
@@ -257,10 +260,11 @@ class DCM(Method):
         return gan.hinge_d(*gan.halves(gan.heads(nets)(maps)[1])), {}
 
     def sample(self, nets: Nets, noise: Tensor, cond: Cond, uncond: Cond, rng: Rng) -> Tensor:
-        """Euler without guidance, semantic expert first; each step goes to the next time of the joined list.
+        """Return x0 by Euler steps without guidance, the semantic expert's first.
 
-        Without a detail expert the semantic one is scored alone: its last step goes to the boundary, and the guided
-        teacher takes the solver's small steps from there to 0.
+        Each step goes to the next time of the joined list. Without a detail expert the semantic one is scored
+        alone: its last step goes to the boundary, and the guided teacher takes the solver's small steps from
+        there to 0.
         """
         if self.config.expert == "semantic":
             early, late = nets["student"], guided(nets["teacher"], uncond, self.guidance)
@@ -272,14 +276,14 @@ class DCM(Method):
 
 
 def solver_sigmas(steps: int, flow_shift: float) -> Tensor:
-    """Float64 [N + 1], ascending: entry j is sigma_prev_j, and entry j + 1 is sigma_j."""
+    """Return float64 [N + 1], ascending: entry j is sigma_prev_j, and entry j + 1 is sigma_j."""
     u = torch.arange(steps + 1, dtype=torch.float64) / steps
     u[0] = 1 / 1000
     return shift(u, flow_shift)
 
 
 def phase_end(i: Tensor, steps: int, phases: int, offset: int) -> Tensor:
-    """e(i), int64 [B]: the largest floor(k N / phases) + offset that is not over i."""
+    """Return e(i), int64 [B]: the largest floor(k N / phases) + offset that is not over i."""
     starts = offset + torch.arange(phases) * steps // phases
     return starts[torch.searchsorted(starts, i, right=True) - 1]
 
@@ -290,7 +294,7 @@ def jump(x: Tensor, v: Tensor, length: Tensor) -> Tensor:
 
 
 def temporal(a: Tensor, b: Tensor, lag: int) -> Tensor:
-    """Mean square error of the differences of frames `lag` apart."""
+    """Return the mean square error of the differences of frames `lag` apart."""
     if (frames := a.shape[2]) <= lag:
         raise ValueError(
             f"method.temporal_lag: {lag} is not under the {frames} latent frames; use less, or weight 0"

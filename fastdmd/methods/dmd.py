@@ -1,7 +1,8 @@
-"""Distribution matching distillation (DMD 2311.18828; few steps, critic schedule and GAN option of DMD2 2405.14867).
+"""Distribution matching distillation (DMD 2311.18828; DMD2 2405.14867).
 
-The student's loss is the KL between its samples and the teacher's, by the difference of two scores at noised samples.
-With a `gan_weight` the critic's hidden states also tell the student's samples from data (DMD2, section 4.3).
+The student's loss is the KL between its samples and the teacher's, by the difference of two scores at noised
+samples. Few steps, the critic's schedule and the GAN are DMD2's: with a `gan_weight` the critic's hidden
+states also tell the student's samples from data (section 4.3).
 """
 
 from collections.abc import Iterator, Mapping
@@ -62,7 +63,10 @@ class DMD(ScoreDistillation):
         return gan.make_heads(nets["critic"], self.config.gan_layers, "method.gan_layers")
 
     def loss(self, phase: str, nets: Nets, batch: Batch, draws: Draws, carry: Carry) -> Loss:
-        """`trains` keeps the parameters of critic and heads out of the student's gradient."""
+        """Return the loss of a phase.
+
+        `trains` keeps the parameters of critic and heads out of the student's gradient.
+        """
         if phase == "critic":
             if draws.gan is None:
                 return self.critic_loss(nets, batch, draws, carry)
@@ -73,10 +77,8 @@ class DMD(ScoreDistillation):
         loss, metrics = dmd_loss(x0_g, z, F_fake, F_c, F_u, c.a, c.b, self.config.guidance, self.mask(x0_g))
         if draws.gan is not None:
             fooled = gan.softplus_g(self.fake_logits(nets, self.last_frames(x0_g), batch, draws.gan))
-            loss, metrics = (
-                loss + self.config.gan_weight * fooled,
-                {**metrics, "gan_student": fooled.detach()},
-            )
+            loss = loss + self.config.gan_weight * fooled
+            metrics = {**metrics, "gan_student": fooled.detach()}
         return loss, metrics
 
     def fake_logits(self, nets: Nets, x0_g: Tensor, batch: Batch, level: Level) -> list[Tensor]:
@@ -96,15 +98,18 @@ class DMD(ScoreDistillation):
         if batch.x0 is None:
             raise ValueError("method.gan_weight > 0 needs data with latents; use 'shapes', or gan_weight = 0")
         fake, target = self.critic_task(nets, batch, draws, carry)
-        real, w = judged.noised(batch.x0), self.config.critic_train_guidance
+        real = judged.noised(batch.x0)
+        w = self.config.critic_train_guidance
         calls = [(fake, batch.cond), (real, batch.cond)]
         if w != 1:
             calls.append((fake, batch.uncond))
-        z, cond = torch.cat([x for x, _ in calls]), reduce(Cond.cat, [cond for _, cond in calls])
+        z = torch.cat([x for x, _ in calls])
+        cond = reduce(Cond.cat, [cond for _, cond in calls])
         model_t = draws.score.c.model_t.repeat(len(calls))
         F, maps = nets["critic"].features(z, model_t, cond, self.config.gan_layers)
         F_c, _, *F_u = F.chunk(len(calls))
         _, logits = gan.heads(nets)([x[: 2 * len(fake)] for x in maps])
-        loss = ((guide(F_u[0], F_c, w) if F_u else F_c) - target).square().mean()
+        F_guided = guide(F_u[0], F_c, w) if F_u else F_c
+        loss = (F_guided - target).square().mean()
         gan_loss = gan.softplus_d(*gan.halves(logits))
         return loss + self.config.gan_critic_weight * gan_loss, {"gan_critic": gan_loss.detach()}

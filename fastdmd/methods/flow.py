@@ -1,8 +1,8 @@
 """Flow matching (2210.02747): makes a teacher, fine-tunes one, and is the baseline.
 
-loss = mean((F - target)^2), target = eps - x0 for flow models; t uniform or logit-normal, then shifted. In blocks of
-frames it makes what a causal student starts from: one block, drawn for the batch, is noised, those before it are clean
-and seen at t = 0, those after it are left out (teacher forcing).
+loss = mean((F - target)^2), target = eps - x0 for flow models; t uniform or logit-normal, then shifted. In
+blocks of frames it makes what a causal student starts from: one block, drawn for the batch, is noised, those
+before it are clean and seen at t = 0, those after it are left out (teacher forcing).
 """
 
 from collections.abc import Iterator

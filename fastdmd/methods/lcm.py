@@ -1,7 +1,7 @@
 """Latent consistency distillation (LCM 2310.04378; LCM-LoRA 2311.05556), for eps, v and flow models.
 
-The student f(z, t) is made constant along a step of the teacher's guided ODE, from a grid time t to the next one t':
-loss = d(f(z, t, w), sg(f_target(z', t', w))), w ~ U[guidance_range]. B batch.
+The student f(z, t) is made constant along a step of the teacher's guided ODE, from a grid time t to the next
+one t': loss = d(f(z, t, w), sg(f_target(z', t', w))), w ~ U[guidance_range]. B batch.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,11 +38,10 @@ class Config:
     name: Literal["lcm"]
     denoising_timesteps: tuple[float, ...]  # the student's steps, 1000 t; index n of SDXL is n + 1
     guidance_range: tuple[float, float]  # of the teacher's steps, uncond + w (cond - uncond)
-    guidance: (
-        float  # w of the student's samples, where it is told, and of the teacher that it is compared with
-    )
+    # w of the student's samples, where it is conditioned on it, and of the teacher that it is compared with
+    guidance: float
     target: Target = "ema"  # "student": the same network, as LCM-LoRA has it; it drifts
-    guidance_embedding: bool = False  # the student is told w
+    guidance_embedding: bool = False  # the student is conditioned on w
     solver_steps: int = 50  # of the teacher's grid
     loss: Distance = "huber"
     huber_c: float = 1e-3

@@ -20,7 +20,7 @@ Carry = MutableMapping[str, Any]  # what the phases of one step share
 
 
 class Share(NamedTuple):
-    """Hold a metric of some samples of a micro-batch: its sum and their number, perhaps 0; float [] each."""
+    """A metric of some samples of a micro-batch: its sum and their number, perhaps 0; float [] each."""
 
     total: Tensor
     samples: Tensor
@@ -37,7 +37,7 @@ class MethodConfig(Protocol):
 
     @property
     def guidance_embedding(self) -> bool:
-        """Whether the student is told its guidance."""
+        """Return whether the student is conditioned on its guidance."""
         ...
 
     @property
@@ -48,22 +48,21 @@ class MethodConfig(Protocol):
 
     @property
     def needs_latents(self) -> bool:
-        """Whether it trains on clean latents, `batch.x0`."""
+        """Return whether it trains on clean latents, `batch.x0`."""
         ...
 
 
 class Method(ABC):
     """One objective, made from its table, the noise schedule and the tables that it uses.
 
-    Everything random of a phase is in its `draw`, which is made before it on the host; `loss` sees no generator,
-    makes no constant on the device and reads nothing back, so that a phase can be captured as one graph.
+    Everything random of a phase is in its `draw`, which is made before it on the host; `loss` sees no
+    generator, makes no constant on the device and reads nothing back, so that a phase can be captured as one
+    graph.
     """
 
     times: Any  # Tensor float64 [n], the student's own times, descending; None: it has no few-step sampler
     guidance: float  # of the teacher that the student is made after; 1 is off
-    few_grid: Tensor | None = (
-        None  # float64 [steps + 1], of a teacher at the student's steps; None: solver_grid(n)
-    )
+    few_grid: Tensor | None = None  # float64 [steps + 1], a teacher's at the student's steps, or solver_grid
     frames_per_block: int | None = None  # of a many-step causal model, which has no times
     renoises: bool = True  # between its times, as diffusers' LCM scheduler does; else it takes Euler steps
 
@@ -92,7 +91,7 @@ class Method(ABC):
         raise NotImplementedError
 
     def make_heads(self, nets: Nets) -> Any:
-        """Return the module of a role with "heads", with random weights; `gan.heads` is who finds it again."""
+        """Return the module of a role with "heads", with random weights; `gan.heads` finds it again."""
         raise NotImplementedError
 
 

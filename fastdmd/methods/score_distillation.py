@@ -1,4 +1,4 @@
-"""What DMD and SiD share: a student that is sampled, a critic that learns the student's score, and score times.
+"""What DMD and SiD share: a sampled student, a critic that learns its score, and score times.
 
 DMD 2311.18828, DMD2 2405.14867, Self-Forcing 2506.08009. B batch; latents [B, C, T, H, W].
 """
@@ -110,8 +110,13 @@ class ScoreDistillation(Method):
         self.critic_phases = ("critic",) * critic.updates_per_rollout
 
     def phases(self, step: int) -> tuple[str, ...]:
-        """One rollout a step; every k-th also trains the student, k = updates_per_generator / updates_per_rollout."""
-        return (("student",) if step % self.rollouts_per_generator == 0 else ()) + self.critic_phases
+        """Return the critic's phases, in every k-th step with the student's before them.
+
+        k = updates_per_generator / updates_per_rollout: a step has one rollout.
+        """
+        if step % self.rollouts_per_generator == 0:
+            return ("student", *self.critic_phases)
+        return self.critic_phases
 
     def sample(self, nets: Nets, noise: Tensor, cond: Cond, uncond: Cond, rng: Rng) -> Tensor:
         student, how = nets["student"], self.rollout_config
@@ -172,7 +177,10 @@ class ScoreDistillation(Method):
         return Scores(z, F_fake, F_c, F_u, c)
 
     def mask(self, x0: Tensor) -> Tensor | None:
-        """Which elements carry the loss: the last `grad_frames` frames of [B, C, T, H, W], or all."""
+        """Return which elements carry the loss: the last `grad_frames` frames; None for all.
+
+        It is bool [1, 1, T, 1, 1] for x0 [B, C, T, H, W].
+        """
         k = self.rollout_config.grad_frames
         if k is None:
             return None
@@ -180,7 +188,7 @@ class ScoreDistillation(Method):
         return frames.view(1, 1, -1, 1, 1)
 
     def last_frames(self, x0: Tensor) -> Tensor:
-        """x0 with gradient in the elements of `mask` only."""
+        """Return x0 with gradient in the elements of `mask` only."""
         mask = self.mask(x0)
         return x0 if mask is None else torch.where(mask, x0, x0.detach())
 

@@ -1,6 +1,7 @@
-"""Score identity distillation (SiD 2404.04057; guidance SiD-LSG 2406.01561; flow form Self-Forcing 2506.08009).
+"""Score identity distillation (SiD 2404.04057; SiD-LSG 2406.01561; flow form Self-Forcing 2506.08009).
 
-Differs from DMD in one thing: z is not detached, and the gradient flows through the inputs of critic and teacher.
+Differs from DMD in one thing: z is not detached, and the gradient flows through the inputs of critic and
+teacher. Guidance is SiD-LSG's.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,10 @@ class SiD(ScoreDistillation):
     Config = Config
 
     def loss(self, phase: str, nets: Nets, batch: Batch, draws: Draws, carry: Carry) -> Loss:
-        """Student: eq. 23 with the normaliser of DMD. `trains` keeps both scores' parameters out of the gradient."""
+        """Return the critic's loss, or the student's: eq. 23 with the normaliser of DMD.
+
+        `trains` keeps both scores' parameters out of the gradient.
+        """
         if phase == "critic":
             return self.critic_loss(nets, batch, draws, carry)
         x0_g = self.last_frames(self.rollout(nets, batch, draws, carry, grad=True))
