@@ -1,6 +1,7 @@
 """Strict TOML to frozen dataclasses: every error of a file at once, each with its line, its key and a remedy.
 
-A dataclass may have `problems()`, yielding (key, message) for values that have the right type and make no sense.
+A dataclass may have `problems()`, yielding (key, message) for values that have the right type and make no
+sense.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ def closest(name: str, known: Iterable[str]) -> str | None:
 
 
 def build(cls: type[T], table: Any, key: Key, source: Source) -> T | None:
-    """A dataclass from a table; None when a field cannot be made. `source` holds what is wrong."""
+    """Make a dataclass from a table; None when a field cannot be made. `source` holds what is wrong."""
     if not isinstance(table, Mapping):
         source.error(key, f"{show(table)} is a value; write it as a table [{dotted(key)}]")
         return None
@@ -39,7 +40,10 @@ def build(cls: type[T], table: Any, key: Key, source: Source) -> T | None:
 
 
 def convert(cls: type, table: Mapping[str, Any], key: Key, source: Source) -> dict[str, Any]:
-    """The fields of a dataclass by a table, and their defaults; without those that are wrong, which `source` holds."""
+    """Return the fields of a dataclass from a table, and their defaults.
+
+    Those that are wrong are left out; `source` holds why.
+    """
     hints, known = get_type_hints(cls), {f.name: f for f in fields(cls)}
     meant = {}  # by misspelled keys
     for name in table:
@@ -62,21 +66,20 @@ def convert(cls: type, table: Mapping[str, Any], key: Key, source: Source) -> di
 
 def unknown(name: str, known: Iterable[str]) -> str:
     close = closest(name, known)
-    return (
-        f"unknown key; did you mean '{close}'?"
-        if close
-        else f"unknown key; known are {', '.join(known) or 'none'}"
-    )
+    if close:
+        return f"unknown key; did you mean '{close}'?"
+    return f"unknown key; known are {', '.join(known) or 'none'}"
 
 
 def one_of(given: Any, known: Sequence[Any]) -> str:
     close = closest(str(given), map(str, known))
-    names, remedy = ", ".join(map(str, known)), f"did you mean '{close}'?" if close else "use one of them"
+    names = ", ".join(map(str, known))
+    remedy = f"did you mean '{close}'?" if close else "use one of them"
     return f"{show(given)} is not one of {names}; {remedy}"
 
 
 def _add(hint: Any, key: Key) -> str:
-    """How to write what is missing."""
+    """Say how to write what is missing."""
     tables = [a for a in _alternatives(hint) if is_dataclass(a)]
     if not tables:
         return f"write {key[-1]} = <{_describe(_alternatives(hint))}>"
@@ -90,7 +93,10 @@ def _alternatives(hint: Any) -> list[Any]:
 
 
 def _convert(hint: Any, value: Any, key: Key, source: Source, default: Any) -> Any:
-    """The value as the hint has it. For a wrong one the default, with which the rest can be checked, or MISSING."""
+    """Return the value as the hint has it.
+
+    For a wrong one return the default, with which the rest can be checked, or MISSING.
+    """
     alternatives = _alternatives(hint)
     if get_origin(hint) is dict:
         return _tables(hint, value, key, source)
@@ -107,15 +113,13 @@ def _convert(hint: Any, value: Any, key: Key, source: Source, default: Any) -> A
 
 
 def _tables(hint: Any, value: Any, key: Key, source: Source) -> Any:
-    """Tables by name, those that are wrong as None; MISSING when a name is wrong."""
+    """Return tables by name, None for those that are wrong; MISSING when a name is wrong."""
     names, item = get_args(hint)
     known = get_args(names)
     given = value if isinstance(value, Mapping) else {show(value): value}
     if plain := [n for n, v in given.items() if not isinstance(v, Mapping)]:
-        source.error(
-            key,
-            f"{', '.join(plain)} outside of [{dotted(key)}.NAME]; write it under [{dotted((*key, known[0]))}]",
-        )
+        place = dotted((*key, known[0]))
+        source.error(key, f"{', '.join(plain)} outside of [{dotted(key)}.NAME]; write it under [{place}]")
         return MISSING
     strange = [name for name in value if name not in known]
     for name in strange:
@@ -125,12 +129,12 @@ def _tables(hint: Any, value: Any, key: Key, source: Source) -> Any:
 
 
 def _names(tables: list[Any]) -> dict[str, Any]:
-    """Dataclasses by their field `name: Literal[..]`."""
+    """Return dataclasses by their field `name: Literal[..]`."""
     return {get_args(get_type_hints(t)["name"])[0]: t for t in tables}
 
 
 def _named(tables: list[Any], value: Any, key: Key, source: Source) -> Any:
-    """The dataclass that the table names."""
+    """Return the dataclass that the table names."""
     names = _names(tables)
     if not isinstance(value, Mapping):
         source.error(key, f"{show(value)} is a value; {_add(Union[tuple(tables)], key)}")  # noqa: UP007
@@ -144,7 +148,10 @@ def _named(tables: list[Any], value: Any, key: Key, source: Source) -> Any:
 
 
 def _match(hint: Any, value: Any) -> tuple[bool, Any]:
-    """Whether a plain value has the type, and the value in it: whole numbers pass as floats, nothing else changes."""
+    """Return whether a plain value has the type, and the value in it.
+
+    Whole numbers pass as floats; nothing else changes.
+    """
     origin = get_origin(hint)
     if origin is Literal:
         return any(type(value) is type(v) and value == v for v in get_args(hint)), value
@@ -158,7 +165,7 @@ def _match(hint: Any, value: Any) -> tuple[bool, Any]:
 
 
 def _items(hint: Any, value: Any) -> list[tuple[Any, Any]] | None:
-    """A list's elements by their types, None when it is no list or has another length."""
+    """Return a list's elements with their types, None when it is no list or has another length."""
     types = get_args(hint)
     if not isinstance(value, list):
         return None
@@ -168,7 +175,7 @@ def _items(hint: Any, value: Any) -> list[tuple[Any, Any]] | None:
 
 
 def _mismatch(alternatives: list[Any], value: Any, name: str, default: Any) -> str:
-    """Why a value has none of the types, and what to write."""
+    """Say why a value has none of the types, and what to write."""
     what = f"{show(value)} is not {_describe(alternatives, value)}"
     for a in alternatives:
         if get_origin(a) is tuple and (items := _items(a, value)):
@@ -188,7 +195,7 @@ def _mismatch(alternatives: list[Any], value: Any, name: str, default: Any) -> s
 
 
 def _meant(value: Any) -> Iterator[Any]:
-    """What a value of the wrong type may stand for: "1" for 1, 1.0 for 1, "a" for ["a"]."""
+    """Yield what a value of the wrong type may stand for: "1" for 1, 1.0 for 1, "a" for ["a"]."""
     if isinstance(value, str):
         with contextlib.suppress(tomllib.TOMLDecodeError):
             yield from tomllib.loads(f"x = {value}").values()
@@ -214,7 +221,10 @@ def _describe(alternatives: list[Any], value: Any = None) -> str:
 
 
 def dump(config: Any) -> str:
-    """A dataclass of dataclasses as TOML that `read` and `build` give back. Absent (None) values are left out."""
+    """Return a dataclass of dataclasses as TOML that `read` and `build` give back.
+
+    Absent (None) values are left out.
+    """
     return "\n".join(_dump_tables(config, ())) + "\n"
 
 

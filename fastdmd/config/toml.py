@@ -73,9 +73,10 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Source:
 
 
 def _statements(text: str) -> Iterator[tuple[int, str, list[Key]]]:
-    """Each statement's first line, its text and the keys it writes; none for a last one that is not TOML.
+    """Yield each statement's first line, its text and the keys it writes.
 
-    tomllib keeps no positions, so every statement is parsed by itself: it ends at the first line where it is TOML.
+    A last statement that is not TOML has no keys. tomllib keeps no positions, so every statement is parsed by
+    itself: it ends at the first line where it is TOML.
     """
     table: Key = ()
     first, statement = 1, ""
@@ -103,20 +104,19 @@ def _paths(table: Mapping[str, Any], prefix: Key) -> Iterator[Key]:
 
 
 def _syntax_error(text: str, e: tomllib.TOMLDecodeError) -> str:
-    """`line: what is wrong` for a text that tomllib refused."""
+    """Return `line: what is wrong` for a text that tomllib refused."""
     at = re.search(r" \(at line (\d+).*\)", str(e))
     last = int(at[1]) if at else len(text)
     *before, (line, statement, keys) = [s for s in _statements(text) if s[0] <= last and s[1].strip()]
     for key in reversed(keys):
-        if twice := [n for n, _, others in before if key in others]:
+        twice = [n for n, _, others in before if key in others]
+        if twice:
             return f"{line}: {dotted(key)}: is written in line {twice[0]} already; keep one of the two"
     reason = re.sub(r" \(at .*\)", "", str(e))
     shown = statement.split("\n")[0].strip()
-    remedy = (
-        "close the bracket"
-        if shown.count("[") > shown.count("]")
-        else "write key = value, with quotes around text"
-    )
+    remedy = "write key = value, with quotes around text"
+    if shown.count("[") > shown.count("]"):
+        remedy = "close the bracket"
     return f"{line}: {shown}: not TOML ({reason}); {remedy}"
 
 
@@ -158,7 +158,7 @@ def to_toml(value: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """A value in a message, on one line."""
+    """Return a value for a message, on one line."""
     if isinstance(value, Mapping):
         return "a table"
     return repr(value) if isinstance(value, str) else to_toml(value)
