@@ -14,7 +14,7 @@ class Cond:
     text: Tensor  # [B, S, text_dim]
     pooled: Tensor | None = None  # [B, P], SDXL's second text embedding
     time_ids: Tensor | None = None  # [B, 6], SDXL's sizes and crop
-    guidance: Tensor | None = None  # float32 [B], the w that a network with a guidance embedding is told
+    guidance: Tensor | None = None  # float32 [B], the w of a network with a guidance embedding
 
     def cat(self, other: "Cond") -> "Cond":
         def both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -28,7 +28,7 @@ class Cond:
         )
 
     def rows(self, index: Tensor) -> "Cond":
-        """Of the samples int64 [n], in that order."""
+        """Return the conditions of the samples int64 [n], in that order."""
         return self._each(lambda x: x[index])
 
     def to(self, device: torch.device | str) -> "Cond":
@@ -40,7 +40,7 @@ class Cond:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: condition, the condition of guidance's other side, and clean latents where the data has them."""
+    """One micro-batch: its condition, that of guidance's other side, and clean latents if there are any."""
 
     cond: Cond
     uncond: Cond

@@ -1,7 +1,8 @@
-"""Few-step sampling block by block with a key-value cache (CausVid 2412.07772; Self-Forcing 2506.08009, algorithm 1).
+"""Few-step sampling block by block with a key-value cache (CausVid 2412.07772; Self-Forcing 2506.08009).
 
-Backward simulation and validation both are this walk; they differ in where each block leaves it and whether gradient is
-kept there. Times are float64 on the host, descending; latents [B, C, T, H, W] float32.
+It is algorithm 1 of Self-Forcing. Backward simulation and validation both are this walk; they differ in where
+each block leaves it and whether gradient is kept there. Times are float64 on the host, descending; latents
+[B, C, T, H, W] float32.
 """
 
 from collections.abc import Sequence
@@ -35,11 +36,15 @@ class Walk(NamedTuple):
 
 
 def frame_blocks(frames: int, per_block: int, independent_first_frame: bool = False) -> list[slice]:
-    """The latent frames of each block: [k, k, ..], or [1, k, k, ..]. ValueError if they do not come out even."""
-    first = int(independent_first_frame)
+    """Return the latent frames of each block: [k, k, ..], or [1, k, k, ..].
+
+    Raise ValueError if the frames do not divide into blocks.
+    """
+    first = 1 if independent_first_frame else 0
     if frames < 1 or (frames - first) % per_block:
+        multiple = "1 + a multiple" if independent_first_frame else "a multiple"
         raise ValueError(
-            f"{frames} latent frames are not {'1 + ' * first}a multiple of rollout.frames_per_block = {per_block}"
+            f"{frames} latent frames are not {multiple} of rollout.frames_per_block = {per_block}"
         )
     starts = [0] * first + list(range(first, frames, per_block))
     return [slice(a, b) for a, b in zip(starts, [*starts[1:], frames], strict=True)]

@@ -83,7 +83,10 @@ class Denoiser:
         return self.x0(x_t, c, F)
 
     def raw_blocks(self, x_t: Tensor, model_t: Tensor, cond: Cond, frames: Sequence[int]) -> Tensor:
-        """Return F of a causal network in one pass: blocks of `frames` frames, each at its own model_t [B, n]."""
+        """Return F of a causal network in one pass.
+
+        Block i has frames[i] frames, at its own model_t[:, i] of [B, n].
+        """
         return self._call(x_t, model_t, cond, Call(blocks=tuple(frames)))[0]
 
     def _call(self, x_t: Tensor, model_t: Tensor, cond: Cond, call: Call) -> tuple[Tensor, list[Tensor]]:

@@ -56,7 +56,10 @@ class Shapes(Net):
 
 
 def step_flops(run: Run) -> int:
-    """Return the FLOPs of the step to come: its draws are functions of their address, and are made again for it."""
+    """Return the FLOPs of the step to come.
+
+    Its draws are functions of their address, and are made again for it.
+    """
     config, counted = run.config.run, 0
     micro = range(config.batch_size)
     batch = run.world.batch(Rng(config.seed, run.step, "data", micro, "cpu"))

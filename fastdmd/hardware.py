@@ -17,7 +17,7 @@ BF16_PEAK = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Return the data sheet's peak of a known GPU in bfloat16; elsewhere there is no figure to compare with."""
+    """Return the data sheet's peak of a known GPU in bfloat16, and None elsewhere."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for key, peak in BF16_PEAK.items():
@@ -27,7 +27,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory so far in GB (1e9 bytes): the allocator's on a GPU, the process's resident set on the CPU."""
+    """Return the peak memory so far in GB (1e9 bytes).
+
+    It is the allocator's on a GPU, the process's resident set on the CPU.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     if device.type == "mps":

@@ -37,7 +37,10 @@ def finite(values: Mapping[str, float | None]) -> dict[str, float | None]:
 
 
 class Mirror(Protocol):
-    """Made of (config, run's folder, rows of metrics.jsonl so far); shows a row once, however often a run is killed."""
+    """Another place for metrics.jsonl, which shows a row once, however often a run is killed.
+
+    It is made of (config, run's folder, rows of metrics.jsonl so far).
+    """
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None: ...
 
@@ -49,7 +52,10 @@ class Mirror(Protocol):
 
 
 class TensorBoard:
-    """Event files in RUN/tensorboard, one a start; a newer one takes back what older ones have past its first step."""
+    """Event files in RUN/tensorboard, one per start.
+
+    A newer one takes back what older ones have past its first step.
+    """
 
     def __init__(self, config: Config, folder: Path, rows: Sequence[Row]) -> None:
         try:
@@ -75,8 +81,8 @@ class TensorBoard:
 class Wandb:
     """One wandb run over all resumes, by the id in RUN/wandb_id.
 
-    It is given the rows that it lacks: online what a kill kept from the server, offline all of them, because syncing
-    replaces a run and does not append to it.
+    It is given the rows that it lacks: online what a kill kept from the server, offline all of them, because
+    syncing replaces a run and does not append to it.
     """
 
     def __init__(self, config: Config, folder: Path, rows: Sequence[Row]) -> None:
@@ -107,14 +113,14 @@ class Wandb:
         pass  # a process of its own writes
 
     def close(self, failed: bool) -> None:
-        self.run.finish(exit_code=int(failed))
+        self.run.finish(exit_code=1 if failed else 0)
 
 
 MIRRORS = {"tensorboard": TensorBoard, "wandb": Wandb}
 
 
 def read_metrics(path: Path, last_step: int | None = None) -> list[Row]:
-    """The lines of metrics.jsonl up to a step. A last line that a killed run left half-written is dropped."""
+    """Read the lines of metrics.jsonl up to a step; a half-written last one of a killed run is dropped."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
@@ -123,7 +129,10 @@ def read_metrics(path: Path, last_step: int | None = None) -> list[Row]:
 
 
 class RunLog:
-    """metrics.jsonl of a run, one object a line; rows past `step`, which a resume makes again, are dropped."""
+    """metrics.jsonl of a run, one object per line.
+
+    Rows past `step`, which a resume makes again, are dropped.
+    """
 
     def __init__(self, config: Config, folder: Path, step: int) -> None:
         self.config, self.path = config, folder / "metrics.jsonl"
@@ -156,7 +165,7 @@ class RunLog:
 
 
 class Progress:
-    """One line on stderr with an ETA: rewritten in place on a terminal, a line every ten seconds elsewhere."""
+    """One line on stderr with an ETA: rewritten in place on a terminal, every ten seconds elsewhere."""
 
     def __init__(self, what: str, total: int, done: int = 0) -> None:
         self.what, self.total, self.first = what, total, done

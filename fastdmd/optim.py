@@ -68,7 +68,10 @@ def forms(x: Tensor) -> Form:
 
 
 def lr_at(config: Config, step: int, max_steps: int) -> float:
-    """The learning rate of step `step` (0-based): linear warm-up, then constant or a cosine to min_lr at max_steps."""
+    """Return the learning rate of step `step` (0-based).
+
+    After a linear warm-up it is constant, or a cosine to min_lr at max_steps.
+    """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
@@ -80,8 +83,8 @@ def lr_at(config: Config, step: int, max_steps: int) -> float:
 class Optimizer:
     """Fused AdamW over float32 masters of a network's parameters.
 
-    A float32 parameter is its own master; for a parameter that was rounded to bfloat16, `masters` holds what it was.
-    Plain bfloat16 AdamW at 1e-5 leaves 84-94 % of the weights bit-identical after 100 steps.
+    A float32 parameter is its own master; for a parameter that was rounded to bfloat16, `masters` holds what
+    it was. Plain bfloat16 AdamW at 1e-5 leaves 84-94 % of the weights bit-identical after 100 steps.
     """
 
     def __init__(
@@ -152,7 +155,7 @@ class Optimizer:
         return ((name, p) for name, p in self.params.items() if self.masters[name] is not p)
 
     def moments(self) -> dict[str, Tensor]:
-        """AdamW's state by "kind.parameter"."""
+        """Return AdamW's state by "kind.parameter"."""
         state = self.adamw.state
         return {
             f"{kind}.{name}": value for name, m in self.masters.items() for kind, value in state[m].items()
@@ -183,10 +186,11 @@ class Optimizer:
 
 
 class EMA:
-    """A float32 shadow of the student's masters: a copy to start_step, then shadow += (1 - decay) (master - shadow).
+    """A float32 shadow of the student's masters.
 
-    It moves with the student's updates, not with the run's steps: five critic updates between two of the student would
-    make a decay of 0.99 one of 0.951.
+    It is a copy until start_step, then shadow += (1 - decay) (master - shadow). It moves with the student's
+    updates, not with the run's steps: five critic updates between two of the student would make a decay of
+    0.99 one of 0.951.
     """
 
     def __init__(self, masters: Mapping[str, Tensor], config: EMAConfig) -> None:
@@ -195,7 +199,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After an update of the student in step `step` (1-based count of finished steps)."""
+        """Follow an update of the student in step `step` (1-based count of finished steps)."""
         self.updates += 1
         copy = step <= self.config.start_step
         if not copy and self.updates % self.config.every:
@@ -206,7 +210,7 @@ class EMA:
 
     @torch.no_grad()
     def copy_to(self, net: nn.Module) -> None:
-        """The shadow into a network's parameters of the same names."""
+        """Copy the shadow into a network's parameters of the same names."""
         parameters = dict(net.named_parameters())
         for name, shadow in self.shadow.items():
             parameters[name].copy_(shadow)

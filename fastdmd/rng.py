@@ -1,6 +1,7 @@
-"""All randomness of a run, addressed by (seed, step, stream, sample): nothing has to be saved to resume exactly.
+"""All randomness of a run, addressed by (seed, step, stream, sample).
 
-Sample i of the global batch draws the same numbers however the batch is split over ranks and micro-batches.
+So nothing has to be saved to resume exactly. Sample i of the global batch draws the same numbers however the
+batch is split over ranks and micro-batches.
 """
 
 import hashlib
@@ -17,7 +18,10 @@ def _generator(device: torch.device | str, *address: int | str) -> torch.Generat
 
 
 class Rng:
-    """The draws of one stream ("data", "student0", "critic1", ..) of one step, for samples of the global batch."""
+    """The draws of one stream of one step, for samples of the global batch.
+
+    Streams are "data", "student0", "critic1" and so on.
+    """
 
     def __init__(
         self, seed: int, step: int, stream: str, samples: Sequence[int], device: torch.device | str
@@ -28,17 +32,17 @@ class Rng:
         self._noise = [_generator(self.device, seed, step, stream, i, "noise") for i in samples]
 
     def normal(self, shape: Sequence[int]) -> Tensor:
-        """Standard normal float32 [B, *shape], drawn on the device."""
+        """Draw standard normal float32 [B, *shape] on the device."""
         return torch.stack([torch.randn(*shape, generator=g, device=self.device) for g in self._noise])
 
     def uniform(self) -> Tensor:
-        """U[0, 1) float64 [B] on the host."""
+        """Draw U[0, 1) float64 [B] on the host."""
         return torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in self._host])
 
     def integers(self, high: int, shape: Sequence[int] = ()) -> Tensor:
-        """U{0 .. high - 1} int64 [B, *shape] on the host."""
+        """Draw U{0 .. high - 1} int64 [B, *shape] on the host."""
         return torch.stack([torch.randint(high, tuple(shape), generator=g) for g in self._host])
 
     def shared_integer(self, high: int) -> int:
-        """U{0 .. high - 1}: one draw, equal on all ranks and in all micro-batches of the step."""
+        """Draw U{0 .. high - 1} once, equal on all ranks and in all micro-batches of the step."""
         return int(torch.randint(high, (), generator=self._shared))

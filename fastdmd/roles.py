@@ -1,4 +1,4 @@
-"""The roles of a run, and the one builder of their networks: for training, warming, planning and tests alike."""
+"""The roles of a run, and the one builder of their networks, for all that needs them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,5 +1,6 @@
-"""Backward simulation: the student's own few steps, up to a random exit (DMD2 2405.14867, section 4.5), of whole videos
-or of one block of frames after the other (self-forcing, 2506.08009).
+"""Backward simulation: the student's own few steps, up to a random exit (DMD2 2405.14867, section 4.5).
+
+It is of whole videos, or of one block of frames after the other (self-forcing, 2506.08009).
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ BLOCK_KEYS = ("frames_per_block", "independent_first_frame", "shared_exit_step",
 class Config:
     mode: Literal["bidirectional", "causal", "data"] = "bidirectional"
     exit: Literal["uniform", "last"] = "uniform"
-    # latent frames at the end that carry the loss; absent: all. Causal blocks wholly before them keep no gradient
+    # latent frames at the end that carry the loss; absent: all. Causal blocks before them keep no gradient
     grad_frames: int | None = None
     frames_per_block: int | None = None  # latent frames; this key and those below: mode = "causal" only
     independent_first_frame: bool = False  # a block of its own before the others
@@ -46,7 +47,7 @@ class Config:
                 yield key.name, "only mode = 'causal' has blocks; remove the key"
 
     def blocks(self, frames: int) -> list[slice]:
-        """The blocks of a causal rollout of that many latent frames."""
+        """Return the blocks of a causal rollout of that many latent frames."""
         assert self.frames_per_block is not None  # `problems` asks for it
         return frame_blocks(frames, self.frames_per_block, self.independent_first_frame)
 
@@ -55,8 +56,8 @@ class Config:
 class Window:
     """The exit step's time and the next step's, 0 after the last.
 
-    Where blocks exit at different steps, the largest and the smallest of theirs: all frames share one score time,
-    so its window has to hold that of each block.
+    Where blocks exit at different steps, the largest and the smallest of theirs: all frames share one score
+    time, so its window has to hold that of each block.
     """
 
     exit_t: float
@@ -86,7 +87,10 @@ class Draws(NamedTuple):
 
 
 def draw(times: Tensor, config: Config, shape: Sequence[int], rng: Rng) -> Draws:
-    """Draw a rollout of latents [C, ..]: each exit step is the same on all ranks. times: float64 [n] descending."""
+    """Draw a rollout of latents [C, ..]: each exit step is the same on all ranks.
+
+    times: float64 [n] descending.
+    """
     blocks = config.blocks(shape[1]) if config.mode == "causal" else [slice(None)]
     apart = len(blocks) if not config.shared_exit_step else 1
     exits = [_exit_step(times, config, rng) for _ in range(apart)] * (len(blocks) // apart)
@@ -112,10 +116,8 @@ def rollout(
     noise, exits, drawn, _ = draws
     if config.mode == "causal":
         T = noise.shape[2]
-        blocks, first = (
-            config.blocks(T),
-            T - (config.grad_frames or T),
-        )  # the first frame that carries the loss
+        blocks = config.blocks(T)
+        first = T - (config.grad_frames or T)  # the first frame that carries the loss
         walks = [
             Walk(steps[: e + 1], each, grad and frames.stop > first)
             for e, each, frames in zip(exits, drawn, blocks, strict=True)

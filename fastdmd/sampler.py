@@ -1,5 +1,7 @@
-"""Samplers over a denoiser: re-noising for few-step students, ODE for teachers. Used by validation, `sample` and the
-rollout alike. Times are float64 on the host, descending; latents [B, C, ..] float32.
+"""Samplers over a denoiser: re-noising for few-step students, ODE for teachers.
+
+Validation, `sample` and the rollout all use them. Times are float64 on the host, descending; latents
+[B, C, ..] float32.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +19,10 @@ Denoise = Callable[[Tensor, Coeffs, Cond], Tensor]  # (x_t, coefficients of t, c
 
 
 def walk(schedule: Schedule, times: Tensor, x: Tensor) -> list[Coeffs]:
-    """Return the coefficients of each of times [n] for all samples of x [B, ..], by one copy to the device."""
+    """Return the coefficients of each of times [n] for all samples of x [B, ..].
+
+    They are sent by one copy to the device.
+    """
     steps, _ = send(schedule, [t.expand(len(x)) for t in times], x)
     return steps
 

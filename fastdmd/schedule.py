@@ -26,11 +26,11 @@ class Coeffs(NamedTuple):
 class Schedule(Protocol):
     @property
     def flow_shift(self) -> float:
-        """What the times of training and sampling are shifted by; 1 is off."""
+        """Return what the times of training and sampling are shifted by; 1 is off."""
         ...
 
     def solver_grid(self, steps: int) -> Tensor:
-        """The times of an ODE solver, float64 [steps + 1] from 1 down to the clean end."""
+        """Return the times of an ODE solver, float64 [steps + 1] from 1 down to the clean end."""
         ...
 
     def alpha(self, t: Tensor) -> Tensor: ...
@@ -38,20 +38,20 @@ class Schedule(Protocol):
     def sigma(self, t: Tensor) -> Tensor: ...
 
     def x0_coeffs(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(a, b) of x0 = a x_t + b F, F the raw network output."""
+        """Return (a, b) of x0 = a x_t + b F, F the raw network output."""
         ...
 
     def model_t(self, t: Tensor) -> Tensor:
-        """What the network is told."""
+        """Return the times as the network is conditioned on them."""
         ...
 
     def target(self, x0: Tensor, eps: Tensor, c: Coeffs) -> Tensor:
-        """The F of a perfect network that knows x0 and eps."""
+        """Return the F of a perfect network that knows x0 and eps."""
         ...
 
 
 def wide(x: Tensor) -> Tensor:
-    """What arithmetic around a network is done in: float32, or float64 if x is that already."""
+    """Return x in the type of arithmetic around a network: float32, or float64 if x is that already."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -78,7 +78,7 @@ def send(
 
 
 def per_sample(c: Tensor, x: Tensor) -> Tensor:
-    """[B] -> [B, 1, ..] to multiply x [B, ..]."""
+    """Return c [B] as [B, 1, ..], to multiply x [B, ..]."""
     return c.view(-1, *[1] * (x.ndim - 1))
 
 
@@ -109,16 +109,17 @@ class FlowSchedule:
         return eps - x0
 
     def solver_grid(self, steps: int) -> Tensor:
-        """The shifted times of an ODE solver, float64 [steps + 1] from 1 to 0."""
+        """Return the shifted times of an ODE solver, float64 [steps + 1] from 1 to 0."""
         return shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64), self.flow_shift)
 
 
 class VPSchedule:
     """Variance preserving, from a table of `alphas_cumprod`; its times are never shifted.
 
-    Index n of 1,000 is time (n + 1) / 1000, and time 0 is index 0 too: the clean end, as diffusers' DDIM without
-    `set_alpha_to_one`. prediction "eps": F = eps, x0 = (x_t - sigma F) / alpha. "v": F = alpha eps - sigma x0,
-    x0 = alpha x_t - sigma F.
+    Index n of 1,000 is time (n + 1) / 1000, and time 0 is index 0 too: the clean end, as diffusers' DDIM
+    without `set_alpha_to_one`.
+    prediction "eps": F = eps, x0 = (x_t - sigma F) / alpha.
+    prediction "v": F = alpha eps - sigma x0, x0 = alpha x_t - sigma F.
     """
 
     flow_shift = 1.0
@@ -130,7 +131,7 @@ class VPSchedule:
         self.prediction = prediction
 
     def model_t(self, t: Tensor) -> Tensor:
-        """The index into the table, rounded to the nearest."""
+        """Return the index into the table, rounded to the nearest."""
         n = len(self.alphas_cumprod)
         return (t * n - 1).round().clamp(0, n - 1)
 
@@ -150,27 +151,28 @@ class VPSchedule:
         return per_sample(c.alpha, x0) * eps - per_sample(c.sigma, x0) * x0
 
     def solver_grid(self, steps: int) -> Tensor:
-        """The times of a DDIM solver, float64 [steps + 1] from 1 to 0: n / steps for n = steps .. 0.
+        """Return the times of a DDIM solver, float64 [steps + 1] from 1 to 0: n / steps for n = steps .. 0.
 
-        Their indices are 1000 n / steps - 1, LCM's t_n, rounded where steps do not divide 1,000. Time 0 has no index
-        of its own and takes the first: a solver ends at alphas_cumprod[0], slightly noisy, and not at alpha 1. Where
-        steps divide, it is diffusers' grid of `timestep_spacing = "trailing"`, `set_alpha_to_one = False`.
+        Their indices are 1000 n / steps - 1, LCM's t_n, rounded where steps do not divide 1,000. Time 0 has
+        no index of its own and takes the first: a solver ends at alphas_cumprod[0], slightly noisy, and not
+        at alpha 1. Where steps divide, it is diffusers' grid of `timestep_spacing = "trailing"`,
+        `set_alpha_to_one = False`.
         """
         return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
 
 
 def shift(u: Tensor, k: float) -> Tensor:
-    """sigma(u) = k u / (1 + (k - 1) u): k > 1 moves times toward noise."""
+    """Return sigma(u) = k u / (1 + (k - 1) u): k > 1 moves times toward noise."""
     return k * u / (1 + (k - 1) * u)
 
 
 def unshift(s: Tensor, k: float) -> Tensor:
-    """The u with shift(u, k) = s."""
+    """Return the u with shift(u, k) = s."""
     return s / (k - (k - 1) * s)
 
 
 def student_times(timesteps: Sequence[float], warp: bool, flow_shift: float) -> Tensor:
-    """The student's times, float64 [n] descending, from model timesteps in (0, 1000].
+    """Return the student's times, float64 [n] descending, from model timesteps in (0, 1000].
 
     `warp`: the list is nominal and goes through the shift: [1000, 750, 500, 250] at shift 5 becomes
     [1000, 937.5, 833.333, 625].
@@ -180,7 +182,7 @@ def student_times(timesteps: Sequence[float], warp: bool, flow_shift: float) -> 
 
 
 def timestep_problems(timesteps: Sequence[float]) -> Iterator[tuple[str, str]]:
-    """What is wrong with a student's `denoising_timesteps`: (key, message)."""
+    """Yield (key, message) for what is wrong with a student's `denoising_timesteps`."""
     steps = [int(t) if float(t).is_integer() else t for t in timesteps]
     if not steps:
         yield "denoising_timesteps", "is empty; e.g. [1000, 757, 522]"

@@ -1,6 +1,7 @@
-"""Compile what a run will need before it starts: a step of it on the meta device, whose kernels compile and do not run.
+"""Compile what a run will need before it starts: a step of it on the meta device.
 
-Nothing is loaded but the shapes, so it takes no GPU and no weights: a job that starts later compiles nothing.
+There kernels compile and do not run. Nothing is loaded but the shapes, so it takes no GPU and no weights: a
+job that starts later compiles nothing.
 """
 
 from collections.abc import Sequence
@@ -28,16 +29,19 @@ class MetaRng(Rng):
 
 
 def nets_on_meta(config: Config, method: Method, depth: int | None = None) -> dict[str, Denoiser]:
-    """Return every role's network as a run has it, without values; `depth` of equal blocks in a row, absent: all."""
+    """Return every role's network as a run has it, without values.
+
+    depth: of the blocks that are alike, at most so many; absent: all.
+    """
     place = Place(torch.device("meta"), config.precision.dtype)
     built = build_nets(config, roles_of(config), method, config.make_schedule(), place, depth)
     return {name: each.denoiser for name, each in built.items()}
 
 
 def step_on_meta(config: Config, sparsity: float, depth: int | None = None) -> dict[str, Denoiser]:
-    """Every phase of a step, forward and backward, with `depth` blocks; absent: with one, or with all for heads.
+    """Do every phase of a step, forward and backward, and return the networks with gradients.
 
-    -> the networks, with gradients.
+    depth: of the blocks that are alike; absent: one, or all where a method has heads.
     """
     method = config.make_method()
     if depth is None and "heads" not in config.method.roles.values():
@@ -66,7 +70,7 @@ def empty_cond(B: int, family: Family, architecture: Any) -> Cond:
 
 
 def sparsities(config: Config) -> set[float]:
-    """All that the warm-up of [vsa] passes through: the lists of each have another length."""
+    """Return all sparsities that the warm-up of [vsa] passes through: each has lists of another length."""
     if config.vsa is None:
         return {0.0}
     every = config.vsa.warmup_every or config.run.max_steps
@@ -74,7 +78,7 @@ def sparsities(config: Config) -> set[float]:
 
 
 def warm(config: Config, target: str | None) -> str:
-    """Compile for `target` ("sm_90", "gfx942", ..), or for this machine's GPU. -> what was done, in a line."""
+    """Compile for `target` ("sm_90", "gfx942", ..), or for this machine's GPU; return what was done."""
     from fastdmd_kernels.triton_warm import compiling, this_gpu  # triton is not everywhere
 
     target = target or this_gpu()

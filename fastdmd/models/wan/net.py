@@ -126,7 +126,7 @@ class Wan(Net):
         return known
 
     def topk(self, shape: Iterable[int], sparsity: float) -> int | None:
-        """Return the key tiles that a query tile keeps of a latent [.., C, T, H, W]; None when attention is dense."""
+        """Return how many key tiles a query tile keeps of a latent [.., C, T, H, W]; None when dense."""
         return None if self.tile is None else topk_for(sparsity, Tiles(self.grid(shape), self.tile).n)
 
     def attention(self, shape: Iterable[int], topk: int | None) -> Sparse | None:
