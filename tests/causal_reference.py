@@ -1,6 +1,6 @@
-"""Block-causal Wan and its self-forcing rollout written down in float64 without a cache: every call computes the clean
-frames before a block again, beside it.
+"""Block-causal Wan and its self-forcing rollout written down in float64 without a cache.
 
+Every call computes the clean frames before a block again, beside it.
 B batch, C channel, T frames, H W space, L tokens, D width, N heads, K head dim.
 """
 
@@ -17,7 +17,8 @@ from fastdmd.models.wan.net import Wan
 from fastdmd.rng import Rng
 
 CONFIG = WanConfig(
-    num_attention_heads=2, attention_head_dim=12, num_layers=2, ffn_dim=24, in_channels=3, out_channels=3, text_dim=8,
+    num_attention_heads=2, attention_head_dim=12, num_layers=2, ffn_dim=24, in_channels=3, out_channels=3,
+    text_dim=8,
     freq_dim=16,
 )  # fmt: skip
 
@@ -52,9 +53,10 @@ def turned(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
 
 
 def velocity(net: Wan, x: Tensor, t: Tensor, text: Tensor, blocks: Sequence[int], held: int = 0) -> Tensor:
-    """v [B, C, T, H, W] of x at times t [B, T]; frames[i] is of block blocks[i], which sees itself and those before.
+    """Return v [B, C, T, H, W] of x at times t [B, T].
 
-    No gradient flows into the keys and values of the first `held` frames.
+    Frame i is of block blocks[i], which sees itself and those before. No gradient flows into the keys and
+    values of the first `held` frames.
     """
     p, D, heads = dict(net.named_parameters()), CONFIG.width, (CONFIG.num_attention_heads, -1)
     h = nnf.conv3d(x, p["patch_embedding.weight"], p["patch_embedding.bias"], stride=CONFIG.patch_size)
@@ -115,18 +117,19 @@ def rollout(
     grad_frames: int | None = None,
     leak: bool = False,
 ) -> Tensor:
-    """x0_g [B, C, T, H, W] of blocks of `lengths` frames. `leak`: the famous fault, gradient into what is held."""
+    """Return x0_g [B, C, T, H, W] of blocks of `lengths` frames.
+
+    leak: the famous fault, gradient into what is held.
+    """
     exits, noise = draw_exits(rng, len(lengths)), rng.normal(shape).double()
     context, made, start = noise[:, :, :0], [], 0
     for i, (length, e) in enumerate(zip(lengths, exits, strict=True)):
         numbers = [j for j, n in enumerate(lengths[: i + 1]) for _ in range(n)]
 
         def x0_of(x: Tensor, t: float, context=context, numbers=numbers, start=start) -> Tensor:
-            told = torch.tensor([context_noise] * start + [t] * x.shape[2], dtype=torch.float64).expand(
-                len(x), -1
-            )
+            times = torch.tensor([context_noise] * start + [t] * x.shape[2], dtype=torch.float64)
             frames = torch.cat([context, x], 2)
-            v = velocity(net, frames, told, text, numbers, held=0 if leak else start)
+            v = velocity(net, frames, times.expand(len(x), -1), text, numbers, held=0 if leak else start)
             return x - t * v[:, :, start:]
 
         def fresh(length=length) -> Tensor:

@@ -38,17 +38,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """The networks of the tests are too small for more, and workers would fight over the cores."""
+    """Use one thread: the tests' networks are too small for more, and workers would fight over the cores."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture
 def dmd_toml(tmp_path: Path) -> Path:
-    """A whole configuration of milliseconds a step; its run is in tmp_path/run."""
+    """Write a whole configuration of milliseconds per step; its run is in tmp_path/run."""
     return write_toml(tmp_path, "dmd")
 
 
 @pytest.fixture
 def float64(monkeypatch):
-    """What a network and its schedule compute in float32 at the least, they compute in float64."""
+    """Make networks and schedules compute in float64 what they compute in float32 at the least."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)

@@ -1,5 +1,6 @@
-"""A step of DCM written down in float64, once through, reading every key of the configuration; and cases for its tests.
+"""A step of DCM written down in float64, once through, and cases for its tests.
 
+It reads every key of the configuration.
 B batch; latents [B, C, T, H, W].
 """
 

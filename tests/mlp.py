@@ -51,8 +51,8 @@ class MLP(Net):
 
     def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond, call: net.Call = net.PLAIN) -> net.Out:
         self.calls.append(Call(x_t.detach(), model_t, cond.text, torch.is_grad_enabled()))
-        told = 0 if cond.guidance is None else cond.guidance[:, None]
-        h = torch.cat([x_t.flatten(1), model_t[:, None] / 1000 + told, cond.text.mean(1)], dim=1)
+        w = 0 if cond.guidance is None else cond.guidance[:, None]
+        h = torch.cat([x_t.flatten(1), model_t[:, None] / 1000 + w, cond.text.mean(1)], dim=1)
         return net.Out(self.last(torch.tanh(self.first(h))).view_as(x_t), [])
 
 
@@ -142,5 +142,5 @@ def with_gradient(nets: Mapping[str, Denoiser]) -> set[str]:
 
 
 def gradient(net: nn.Module) -> Tensor:
-    """The gradients of all parameters in one vector."""
+    """Return the gradients of all parameters in one vector."""
     return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])

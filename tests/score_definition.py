@@ -1,6 +1,6 @@
-"""A step of score distillation on flow models written down in float64, once through, reading every key of the
-configuration. What DMD and SiD share; their tests add the student's loss.
+"""A step of score distillation on flow models written down in float64, once through.
 
+It reads every key of the configuration. It is what DMD and SiD share; their tests add the student's loss.
 B batch, C channel, T frames, H W space.
 """
 
@@ -61,7 +61,7 @@ def column(t: Tensor | float) -> Tensor:
 
 
 def by_odds(u: Tensor | float, k: float) -> Tensor | float:
-    """The shift, as it multiplies the odds u / (1 - u) by k."""
+    """Return the shift, as it multiplies the odds u / (1 - u) by k."""
     return k * u / (k * u + 1 - u)
 
 
@@ -78,8 +78,8 @@ class Definition:
         self.times = [by_odds(t, FLOW_SHIFT) for t in times] if self.keys["warp_timesteps"] else times
 
     def v(self, role: str, x: Tensor, t: Tensor | float, cond: Cond = BATCH.cond) -> Tensor:
-        told = 1000 * torch.as_tensor(t, dtype=torch.float64).expand(len(x))
-        return self.nets[role](x, told, Cond(cond.text.double())).F
+        model_t = 1000 * torch.as_tensor(t, dtype=torch.float64).expand(len(x))
+        return self.nets[role](x, model_t, Cond(cond.text.double())).F
 
     def guided_v(self, role: str, x: Tensor, t: Tensor, w: float) -> Tensor:
         cond, uncond = self.v(role, x, t), self.v(role, x, t, BATCH.uncond)

@@ -1,6 +1,7 @@
-"""What a captured step needs: the loss of a phase is one graph per exit step, reads nothing and makes no constant.
+"""What a captured step needs: a phase's loss is one graph per exit step, without reads and new constants.
 
-Traced with aot_eager, which is quick; host reads and device constants are counted on the meta device, where a read is refused.
+It is traced with aot_eager, which is quick; host reads and device constants are counted on the meta device,
+where a read is refused.
 """
 
 from collections import Counter
@@ -77,7 +78,7 @@ def steps(run: Run, count: int) -> Iterator[tuple[int, str, Batch, Any, dict[str
 
 
 def exits(draws: Any) -> Any:
-    """What a graph may depend on: where a rollout is left, and how many clean blocks come before."""
+    """Return what a graph may depend on: where a rollout is left, and how many clean blocks come before."""
     rollout = getattr(draws, "rollout", None)
     if rollout is not None:
         return tuple(rollout.exits)
@@ -122,7 +123,8 @@ def test_a_phase_is_one_graph_per_exit_step(tmp_path, case):
 @pytest.mark.slow
 def test_six_calls_of_a_denoiser_are_one_graph_and_ten_sparsities_two():
     config = WanConfig(
-        num_attention_heads=2, attention_head_dim=12, num_layers=2, ffn_dim=40, in_channels=3, out_channels=3, text_dim=24,
+        num_attention_heads=2, attention_head_dim=12, num_layers=2, ffn_dim=40, in_channels=3,
+        out_channels=3, text_dim=24,
         freq_dim=32,
     )  # fmt: skip
     schedule, x_t = FlowSchedule(3.0), torch.randn(B, 3, 4, 12, 12)
@@ -161,7 +163,7 @@ class Watch(TorchDispatchMode):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_phase_reads_nothing_and_makes_no_constant(tmp_path, case):
-    """On the meta device, from its draws to the end of its backward; all of its coefficients come by one copy."""
+    """Run on the meta device from the draws to the end of the backward; coefficients come by one copy."""
     config = make_config(tmp_path, *CASES[case])
     method, nets = config.make_method(), nets_on_meta(config, config.make_method())
     shape = config.data.latent_shape()

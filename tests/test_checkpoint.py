@@ -51,7 +51,7 @@ def truncate(path: Path) -> None:
 
 
 def flip(path: Path) -> None:
-    """The last bit of the last tensor."""
+    """Flip the last bit of the last tensor."""
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 

@@ -66,13 +66,13 @@ def test_help_imports_no_framework():
 def test_doctor_lists_versions_device_and_backends():
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 0
-    told = {line.split()[0]: line.split(maxsplit=1)[1] for line in result.stdout.splitlines()}
-    assert told["torch"] == torch.__version__
-    assert "triton" in told
-    assert told["device"].split()[0] in {"cpu", "cuda", "mps"}
+    report = {line.split()[0]: line.split(maxsplit=1)[1] for line in result.stdout.splitlines()}
+    assert report["torch"] == torch.__version__
+    assert "triton" in report
+    assert report["device"].split()[0] in {"cpu", "cuda", "mps"}
     for op in dispatch.OPS:
-        assert told[op].split()[0] in {"torch", "triton"}, op
-    assert told["attention"].split()[0] in attention.IMPLEMENTATIONS
+        assert report[op].split()[0] in {"torch", "triton"}, op
+    assert report["attention"].split()[0] in attention.IMPLEMENTATIONS
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_a_second_run_in_the_same_folder_is_turned_away(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("resume", ["latest", False])
 def test_an_interrupted_run_goes_on_with_the_line_that_it_prints(resume, tmp_path, monkeypatch):
-    """SIGINT ends with 130 after the step in progress; the line resumes, from an old setting of `resume` too."""
+    """End with 130 after the step that SIGINT meets; the line resumes, from an old `resume` too."""
     monkeypatch.chdir(tmp_path)
     Path("it's tiny.toml").write_text(TINY)
     metrics, override = Path("a run/metrics.jsonl"), f"checkpoint.resume={json.dumps(resume)}"

@@ -1,4 +1,4 @@
-"""FLOPs of a step, counted from shapes, against the calls that a step makes and against torch's own counter."""
+"""FLOPs of a step, counted from shapes, against the calls of a step and torch's own counter."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

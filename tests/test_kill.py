@@ -1,7 +1,8 @@
 """A run killed at any instant resumes to the same losses and weights, bit for bit.
 
-`python -m tests.test_kill CONFIG [key.path=value ..]` shows it of any configuration: one run undisturbed and one killed
-ten times at random, every start a fresh process of the command line; then all rows and all tensors are compared.
+`python -m tests.test_kill CONFIG [key.path=value ..]` shows it of any configuration: one run undisturbed and
+one killed ten times at random, every start a fresh process of the command line; then all rows and all tensors
+are compared.
 """
 
 import json
@@ -39,7 +40,10 @@ forks.set_forkserver_preload(["fastdmd.train", "torch._dynamo", "pytest"])
 
 
 class Fork:
-    """`train` in a process of its own, with Popen's poll, kill and wait. It dies by itself at its `death`-th write."""
+    """`train` in a process of its own, with Popen's poll, kill and wait.
+
+    It dies by itself at its `death`-th write.
+    """
 
     def __init__(self, config: Path, *overrides: str, death: int = 0) -> None:
         self.process = forks.Process(target=train_until, args=(config, overrides, death))
@@ -82,7 +86,7 @@ def train_until(config: Path, overrides: tuple[str, ...], death: int) -> None:
 
 
 def result(run: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """What kills must not change: the rows without what the clock says, and the hashes of the last tensors."""
+    """Return what kills must not change: rows without what the clock says, and hashes of the last tensors."""
     rows = [
         {k: v for k, v in row.items() if not k.startswith("perf/")}
         for row in read_metrics(run / "metrics.jsonl")
@@ -99,9 +103,9 @@ def last_step(run: Path) -> int:
 def kill_at_random(
     start: Callable[[], Any], run: Path, steps: int, kills: int, seed: int, wait: float
 ) -> list[int]:
-    """Start, wait for a random step and up to `wait` seconds more, kill -9, start again ..; let the last one end.
+    """Start, wait for a random step and up to `wait` seconds more, kill -9, start again; let the last end.
 
-    `start` gives a Popen of the same command each time. -> the last step written at each kill.
+    `start` gives a Popen of the same command each time. Return the last step written at each kill.
     """
     draw, found = random.Random(seed), [0]
     for _ in range(kills):
@@ -118,7 +122,7 @@ def kill_at_random(
 
 
 def demonstrate(config: str, *overrides: str, kills: int = 10, seed: int = 0, wait: float = 1.0) -> str:
-    """Compare a run with one that is killed, in OUTPUT_DIR_whole and OUTPUT_DIR_killed; both are made anew."""
+    """Compare a run with one that is killed, both made anew in OUTPUT_DIR_whole and OUTPUT_DIR_killed."""
     settings = configs.load(config, overrides).run
     whole, killed = (Path(f"{settings.output_dir}_{name}") for name in ("whole", "killed"))
 
@@ -133,12 +137,16 @@ def demonstrate(config: str, *overrides: str, kills: int = 10, seed: int = 0, wa
     (rows, files), (rows_killed, files_killed) = result(whole), result(killed)
     assert rows_killed == rows, "the rows differ"
     assert files_killed == files, "the tensors differ"
-    return f"killed after steps {steps}: {len(rows)} rows and the tensors of {', '.join(files)} are equal bit for bit"
+    what = f"{len(rows)} rows and the tensors of {', '.join(files)}"
+    return f"killed after steps {steps}: {what} are equal bit for bit"
 
 
 @pytest.mark.slow
 def test_killed_at_every_write(tmp_path, dmd_toml):
-    """Each file, flush, rename and removal of two steps with two checkpoints, the second of which drops the first."""
+    """Kill at each write of two steps with two checkpoints, the second of which drops the first.
+
+    Writes are files, flushes, renames and removals.
+    """
 
     def command(name: str) -> tuple[Path, ...]:
         return (

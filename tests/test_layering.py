@@ -108,7 +108,7 @@ def nothing_is_pickled(module, text):
 
 
 def no_option_has_a_second_default(module, text):
-    """A default stands in its dataclass: no getattr(config, "x", 1), no config.get("x", 1)."""
+    """Keep defaults in their dataclasses: no getattr(config, "x", 1), no config.get("x", 1)."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Call) and (
             (ast.unparse(node.func) == "getattr" and len(node.args) == 3)
@@ -203,7 +203,8 @@ def test_all_pages_are_read():
 def imports(pages: Mapping[str, str]) -> dict[str, set[str]]:
     """Return which modules of some pages each one imports: inside functions too, and for types alone.
 
-    `from package import name` is an import of the submodule where there is one of that name, else of the package.
+    `from package import name` is an import of the submodule where there is one of that name, else of the
+    package.
     """
     modules = {name.removesuffix(".__init__") for name in pages}
     graph = {}
@@ -220,7 +221,7 @@ def imports(pages: Mapping[str, str]) -> dict[str, set[str]]:
 
 
 def circle(graph: Mapping[str, set[str]]) -> list[str]:
-    """Return modules that import one another in a circle, the first again at the end; none: there is no circle."""
+    """Return modules that import one another in a circle, the first again at the end; [] without a circle."""
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as e:
@@ -263,7 +264,7 @@ def test_a_submodule_is_not_its_package():
 
 
 def calls(tree):
-    """What is called anywhere under a node, as it is written."""
+    """Return what is called anywhere under a node, as it is written."""
     return [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
 
 

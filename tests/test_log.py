@@ -22,7 +22,7 @@ ROWS = [{"step": step, "train/loss_student": 0.1 * step} for step in (1, 2, 3)]
 
 
 def write(folder, first: int, last: int, *backends: str, kill: bool = False) -> list[log.Mirror]:
-    """The log of a run that resumes from `first` and goes to `last`; "valid/swd" has no value at step 2."""
+    """Write the log of a run that resumes from `first` and goes to `last`; step 2 has no "valid/swd"."""
     run = RunLog(Config(backends=backends), folder, first)
     if first == 0:
         run.write(0, {"valid/oracle": 0.0})
@@ -318,7 +318,7 @@ class Terminal(io.StringIO):
 
 
 def watch(monkeypatch, live: bool, seconds: list[float], total: int, done: int = 0) -> Terminal:
-    """A progress line that is shown at each of `seconds`, one step on each time."""
+    """Show a progress line at each of `seconds`, one step further each time."""
     monkeypatch.setattr(sys, "stderr", out := Terminal(live))
     times = iter([0.0, *seconds])
     monkeypatch.setattr(log.time, "monotonic", lambda: next(times))

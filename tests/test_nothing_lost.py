@@ -1,4 +1,4 @@
-"""Faults that used to cost a run, a teacher or a checkpoint, each planted: what is refused, and that all is left as it was."""
+"""Faults that used to cost a run, a teacher or a checkpoint: each is refused, and all is left as it was."""
 
 import ast
 import json
@@ -36,7 +36,7 @@ QUICK = ("run.max_steps=2", "validation.teacher_reference=false")
 
 
 def refused(*arguments, code: int = 2) -> str:
-    """The one line that a command ends with."""
+    """Return the one line that a command ends with."""
     result = CliRunner().invoke(app, list(map(str, arguments)))
     assert (result.exit_code, isinstance(result.exception, SystemExit)) == (code, True), repr(
         result.exception
@@ -54,7 +54,7 @@ def digests(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A folder with a run of two steps at `run`, and its teacher at `wan`."""
+    """Make a folder with a run of two steps at `run`, and its teacher at `wan`."""
     here = tmp_path_factory.mktemp("finished")
     write_wan(here / "wan")
     (here / "wan" / "transformer").rename(here / "elsewhere")  # as a cache of models has it
@@ -81,7 +81,7 @@ OUTS = (
 
 @pytest.mark.parametrize("out", [*OUTS, "run/../wan", "elsewhere", "elsewhere/new"])
 def test_an_export_writes_over_nothing_that_the_run_reads_or_is(finished, out, monkeypatch):
-    """Not even with --force, and before a weight is loaded; nor where a link in the teacher's folder leads."""
+    """Refuse --force too, and before a weight is loaded; and where a link in the teacher's folder leads."""
     monkeypatch.setattr(component, "open_weights", lambda *_: pytest.fail("loaded"))
     before = digests(finished)
     for force in ([], ["--force"]):
@@ -385,7 +385,7 @@ Mine = T5Tokenizer
 
 @pytest.mark.parametrize("kind", ["wan", "sdxl"])
 def test_no_code_of_a_folder_runs(tmp_path, monkeypatch, kind):
-    """Also where the user would say yes: a run asks nothing. And a config that names a kernel to fetch has none."""
+    """Ask nothing, even where the user would say yes; fetch no kernel that a config names."""
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     mark = tmp_path / "mark"
     parts = write_encoders(tmp_path, kind)
@@ -395,12 +395,11 @@ def test_no_code_of_a_folder_runs(tmp_path, monkeypatch, kind):
         names = {
             each: ["mine.Mine", "mine.Mine"] if each == "AutoTokenizer" else "mine.Mine" for each in classes
         }
-        told = json.loads(file.read_text()) | {"auto_map": names, "attn_implementation": "someone/kernel"}
+        raw = json.loads(file.read_text()) | {"auto_map": names, "attn_implementation": "someone/kernel"}
         if kind == "wan" and part == "tokenizer":
-            told["tokenizer_class"] = (
-                "Mine"  # which transformers does not have, so it would look for the code
-            )
-        file.write_text(json.dumps(told))
+            # which transformers does not have, so it would look for the code
+            raw["tokenizer_class"] = "Mine"
+        file.write_text(json.dumps(raw))
         for folder in (tmp_path, tmp_path / part):
             (folder / "mine.py").write_text(CODE.format(mark=str(mark)))
     encode = FAMILIES["wan2.1" if kind == "wan" else "sdxl"].encoder(str(tmp_path), CPU, torch.float32)

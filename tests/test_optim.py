@@ -25,7 +25,7 @@ def gradients(steps: int) -> Iterator[dict[str, Tensor]]:
 
 
 def run(net: Net, optimizer: Optimizer, first: int, last: int) -> None:
-    """Steps first .. last - 1 of one fixed sequence of gradients."""
+    """Take steps first .. last - 1 of one fixed sequence of gradients."""
     for step, grads in enumerate(gradients(last)):
         if step >= first:
             for name, grad in grads.items():
@@ -35,7 +35,8 @@ def run(net: Net, optimizer: Optimizer, first: int, last: int) -> None:
 
 
 CONFIG = Config(
-    lr=0.05, betas=(0.3, 0.9), eps=1e-3, weight_decay=0.2, grad_clip_norm=2.0, schedule="cosine", warmup_steps=2,
+    lr=0.05, betas=(0.3, 0.9), eps=1e-3, weight_decay=0.2, grad_clip_norm=2.0, schedule="cosine",
+    warmup_steps=2,
     min_lr=0.01,
 )  # fmt: skip
 
@@ -118,7 +119,7 @@ def test_rounded_parameters_follow_float32_masters():
 
 
 def test_micro_batches_add_up_in_float32():
-    """64 of them, of a network in bfloat16: no worse than one rounding of each, 1.6e-3; in bfloat16 it is 7.8e-3."""
+    """Add 64 of a bfloat16 network: no worse than one rounding of each, 1.6e-3; in bfloat16 it is 7.8e-3."""
     generator = torch.Generator().manual_seed(3)
     net = torch.nn.Linear(48, 40, bias=False)
     master = net.weight.detach().clone()
@@ -201,7 +202,7 @@ def test_problems_name_the_key(key, value):
 
 
 def ema_after(config: EMAConfig, masters: list[float]) -> list[float]:
-    """The shadow of a scalar after each step, its master being masters[step] after step 1, 2, .."""
+    """Return the shadow of a scalar after each step, its master being masters[step] after step 1, 2, .."""
     master = {"w": torch.tensor([masters[0]])}
     ema, found = EMA(master, config), []
     for step, value in enumerate(masters[1:], start=1):

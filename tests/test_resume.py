@@ -1,4 +1,4 @@
-"""What a run goes on with, what it refuses, and that it loses nothing: another run's folder stays as it is."""
+"""What a run resumes with and what it refuses, and that it loses nothing: other runs' folders stay."""
 
 import os
 import re
@@ -68,7 +68,7 @@ FREELY = (
 
 @pytest.fixture
 def done(tmp_path: Path) -> Path:
-    """A run of two steps; tmp_path/other has another teacher."""
+    """Make a run of two steps; tmp_path/other has another teacher."""
     train.train(make_config(tmp_path, *DMD))
     write_wan(tmp_path / "other")
     return tmp_path / "run"

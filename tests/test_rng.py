@@ -49,7 +49,7 @@ def test_addresses_differ_and_repeat(draw):
 
 
 def test_kinds_of_draws_do_not_move_each_other():
-    """Noise is drawn on the device, times on the host: neither may depend on how many of the other were drawn."""
+    """Draw noise on the device, times on the host: neither depends on how many of the other were drawn."""
     one, other = make(), make()
     one.normal((5,))
     one.shared_integer(4)

@@ -1,4 +1,4 @@
-"""What a role's network is: an average, adapters that are all that learns, a student that goes block by block."""
+"""What a role's network is: an average, adapters that alone learn, a student that goes block by block."""
 
 import shutil
 from collections import Counter
@@ -88,7 +88,7 @@ def test_modules_can_be_trained_whole_beside_adapters(tmp_path):
 
 @pytest.mark.parametrize("weights", ["ema", "student"])
 def test_an_export_of_adapters_is_merged_in_float32(tmp_path, weights):
-    """Of a student in bfloat16: its rounded weights, and the unrounded adapters that it averages or learns."""
+    """Read a bfloat16 student: its rounded weights, and unrounded adapters that it averages or learns."""
     run = train.train(
         make_config(tmp_path, "lcm_lora", "precision.compute='bf16'", f"validation.weights='{weights}'")
     )

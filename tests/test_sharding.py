@@ -33,8 +33,8 @@ def mesh(tmp_path_factory) -> Iterator[DeviceMesh]:
 def shard(net: Net, mesh: DeviceMesh, **options: Any) -> None:
     """Shard a network by its blocks.
 
-    The root is resharded after its forward too: what it keeps gathered would have the `requires_grad` of the phase
-    before, and get no gradient.
+    The root is resharded after its forward too: what it keeps gathered would have the `requires_grad` of the
+    phase before, and get no gradient.
     """
     for block in net.blocks:
         fully_shard(block, mesh=mesh, **options)
@@ -80,7 +80,7 @@ def test_a_sharded_step_has_the_gradients_of_the_whole(tmp_path, mesh, case):
 
 
 def test_what_is_kept_in_float32_is_used_in_float32(mesh):
-    """In bfloat16: float32 shards under a policy that leaves those parameters out, as the whole network rounded."""
+    """Compare float32 shards under a policy without those parameters to the whole network rounded."""
     torch.manual_seed(0)
     net, plain = Wan(ARCHITECTURE), Wan(ARCHITECTURE)
     plain.load_state_dict(net.state_dict())

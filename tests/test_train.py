@@ -1,4 +1,4 @@
-"""The loop: exact resume, gradient accumulation, steps that are not finite, validation weights, what a run reports."""
+"""The loop: exact resume, accumulation, steps that are not finite, validation weights, reports."""
 
 import inspect
 import json
@@ -39,7 +39,7 @@ RUNS = {
     "causal flow": ("causal_flow",),
     "lcm with an average as its target": ("lcm",),
     "adapters": ("lcm_lora",),
-    "sdxl told its guidance": ("sdxl_lcm",),
+    "sdxl with its guidance": ("sdxl_lcm",),
     "dmd with a discriminator": (
         "dmd",
         "method.gan_weight=0.1",
@@ -55,7 +55,7 @@ RUNS = {
 
 
 def stop_after(monkeypatch, step: int, signum: int) -> None:
-    """A signal arrives while step `step` runs."""
+    """Send a signal while step `step` runs."""
     real = train.take_step
 
     def take_step(run: Run) -> dict[str, float]:
@@ -132,14 +132,20 @@ def test_the_ema_follows_the_students_updates_only(tmp_path):
 
 
 def two_steps(here, *overrides: str) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
-    """Metrics and weights. A large eps: Adam's sign-like step would blow up the rounding of gradients near zero."""
+    """Return metrics and weights.
+
+    eps is large: Adam's sign-like step would blow up the rounding of gradients near zero.
+    """
     eps = ("optim.student.eps=1e-2", "optim.critic.eps=1e-2", "critic.updates_per_rollout=2")
     run = build(make_config(here, "dmd", *eps, *overrides))
     return [train.take_step(run) for _ in range(2)], weights(run)
 
 
 def is_close(left, right) -> bool:
-    """Metrics to 1e-5 of themselves; weights to 1e-6, a few roundings near 1: the mutant below moves them by 5e-4."""
+    """Compare metrics to 1e-5 of themselves, and weights to 1e-6, a few roundings near 1.
+
+    The mutant below moves weights by 5e-4.
+    """
     values = zip(left[0], right[0], strict=True)
     return all(
         a.keys() == b.keys() and all(math.isclose(a[k], b[k], rel_tol=1e-5) for k in a) for a, b in values
@@ -199,7 +205,7 @@ def test_a_loss_that_is_not_finite_stops_the_command(tmp_path):
 
 
 def test_a_nan_that_the_loss_hides_stops_the_run(tmp_path):
-    """dmd_loss replaces what is not a number in the gradient: the student's loss stays finite under a broken critic."""
+    """Keep the student's loss finite under a broken critic: dmd_loss replaces NaN in the gradient."""
     critic = write_wan(tmp_path / "critic", nan=True)
     config = make_config(tmp_path, "dmd", f"critic.path='{critic}'")
     with pytest.raises(Diverged, match="step 1, phase student: score_gap not finite"):
@@ -288,7 +294,7 @@ def test_summaries_have_the_same_keys(tmp_path):
 
 
 def test_a_run_is_reopened_at_its_newest_checkpoint(tmp_path):
-    """Also one that was told to start anew."""
+    """Reopen a run that was set to start anew, too."""
     run = train.train(make_config(tmp_path, "dmd", "run.max_steps=2", "checkpoint.resume=false"))
     again = reopen(run.folder.rename(tmp_path / "moved"))
     assert again.step == 2

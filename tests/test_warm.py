@@ -61,16 +61,16 @@ def test_dense_runs_need_the_loss_only(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ((), "error: no GPU on this machine; name one with --target, e.g. --target sm_90\n"),
         (("--target", "h100"), "error: target 'h100' is not a GPU's; use one like sm_90 or gfx942\n"),
         (("--target", "sm_70"), "error: no kernels for sm_70; there are for sm_80 and newer\n"),
     ],
 )
-def test_what_cannot_be_compiled_for_is_one_clear_line(tmp_path, arguments, told):
+def test_what_cannot_be_compiled_for_is_one_clear_line(tmp_path, arguments, message):
     done = warm(tmp_path, *arguments, *SPARSE)
-    assert (done.returncode, done.stderr) == (2, told)
+    assert (done.returncode, done.stderr) == (2, message)
 
 
 def test_every_sparsity_of_the_warm_up_is_compiled():

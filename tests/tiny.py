@@ -32,7 +32,7 @@ ARCHITECTURE = WanConfig(
 
 
 def of_images(text: str) -> str:
-    """A configuration of Wan as one of SDXL."""
+    """Return a configuration of Wan as one of SDXL."""
     for old, new in (
         ("wan2.1", "sdxl"),
         ("/wan", "/sdxl"),
@@ -162,7 +162,7 @@ UNET = SDXLConfig(
 
 
 def write_sdxl(path: Path) -> Path:
-    """A diffusers folder of random weights with SDXL's noise."""
+    """Write a diffusers folder of random weights with SDXL's noise."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         weights = SDXL(UNET).state_dict()
@@ -171,7 +171,7 @@ def write_sdxl(path: Path) -> Path:
 
 
 def write_wan(path: Path, architecture: WanConfig = ARCHITECTURE, nan: bool = False) -> Path:
-    """A diffusers folder of random weights, one of them NaN if asked for."""
+    """Write a diffusers folder of random weights, one of them NaN if asked for."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         weights = Wan(architecture).state_dict()
@@ -182,7 +182,10 @@ def write_wan(path: Path, architecture: WanConfig = ARCHITECTURE, nan: bool = Fa
 
 
 def write_encoded(path: Path, tensors: Mapping[str, Tensor], uncond: Tensor | None, shard: int = 2) -> Path:
-    """A folder of encoded latents, `shard` samples a file; of x0, text, perhaps pooled [n, ..]; uncond [1, S, D]."""
+    """Write a folder of encoded latents, `shard` samples per file.
+
+    tensors: x0, text, perhaps pooled, [n, ..]. uncond: [1, S, D].
+    """
     path.mkdir(parents=True)
     files = {}
     for first in range(0, len(tensors["x0"]), shard):

@@ -1,4 +1,4 @@
-"""Every fault of a configuration is told before anything is loaded: one line, with its place, its key and a remedy."""
+"""Every fault of a configuration is reported before anything loads: its place, its key and a remedy."""
 
 import json
 from pathlib import Path
@@ -93,8 +93,10 @@ MODELS = {  # transformer/config.json of each
 
 
 def read_faults():
-    """An edit of a configuration above, and below it what is told of it. Edits: `old -> new`, with ⏎ for a new line;
-    `+ a line before the first`; `$ an override`."""
+    """Yield edits of a configuration above, each with the lines that report it.
+
+    Edits: `old -> new`, with ⏎ for a new line; `+ a line before the first`; `$ an override`.
+    """
     text = (Path(__file__).parent / "golden" / "config_faults.txt").read_text(encoding="utf-8")
     for paragraph in text.strip().split("\n\n"):
         edit, *lines = paragraph.split("\n")
@@ -103,7 +105,7 @@ def read_faults():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with what the configurations name. The weights are none: whoever loads them fails."""
+    """Make a folder with what the configurations name. The weights are none: loading them fails."""
     path = tmp_path_factory.mktemp("place")
     for model, config in MODELS.items():
         for part in ("transformer", "text_encoder", "tokenizer", "vae"):
@@ -118,7 +120,7 @@ def place(tmp_path_factory):
 
 
 def write_folders(path):
-    """Encoded for DMD above, and below it some that are not."""
+    """Write latents that suit DMD above, and below them some that do not."""
     x0, text, thin = torch.zeros(2, 16, 21, 4, 6), torch.zeros(2, 8, 4096), torch.zeros(2, 8, 32)
     write_encoded(path, {"x0": x0, "text": text}, text[:1])
     write_encoded(path / "thin", {"x0": x0, "text": thin}, thin[:1])
@@ -133,7 +135,7 @@ def write_folders(path):
 
 @pytest.fixture(autouse=True)
 def nothing_loads(place, monkeypatch):
-    """In that folder, on a machine without an accelerator, where reading a weight or making a network fails."""
+    """Go to that folder, on a machine without an accelerator, where weights and networks fail to load."""
 
     def load(*_, **__):
         pytest.fail("loaded before the configuration was checked")
@@ -146,7 +148,7 @@ def nothing_loads(place, monkeypatch):
 
 
 def refused(*arguments):
-    """What `fastdmd train` tells when it refuses, a fault a line."""
+    """Return the lines that `fastdmd train` refuses with, one per fault."""
     result = CliRunner().invoke(app, ["train", *arguments])
     assert isinstance(result.exception, SystemExit), repr(result.exception)
     assert (result.exit_code, result.stdout) == (2, "")
@@ -155,7 +157,7 @@ def refused(*arguments):
     return [line.removeprefix("error: ") for line in lines]
 
 
-def told(text, *overrides):
+def faults(text, *overrides):
     Path("run.toml").write_text(text, encoding="utf-8")
     return refused("run.toml", *overrides)
 
@@ -171,7 +173,7 @@ def test_a_fault_is_one_line(base, edit, expected):
         old, new = edit.replace("⏎", "\n").split(" -> " if " -> " in edit else " ->")
         assert text.count(old) == 1, f"{old!r} has to be in the text once"
         text = text.replace(old, new)
-    assert told(text, *overrides) == expected
+    assert faults(text, *overrides) == expected
 
 
 ENCODED = DMD.replace('"prompts.txt"', '"encoded", "encoded"')
@@ -182,14 +184,14 @@ ENCODED = DMD.replace('"prompts.txt"', '"encoded", "encoded"')
 )
 def test_what_has_no_fault_gets_past_the_configuration(text):
     with pytest.raises(pytest.fail.Exception, match="loaded before"):
-        told(text)
+        faults(text)
 
 
 def test_a_run_has_a_model_even_if_every_role_has_its_own():
     start = FLOW.index("[model.architecture]")
     text = FLOW[:start] + '[student]\npath = "teacher"\n' + FLOW[FLOW.index("\n[schedule]") :]
     remedy = "name a diffusers folder (the one above transformer/)"
-    assert told(text)[0] == f"run.toml:6: model.path: missing; the run needs weights: {remedy}"
+    assert faults(text)[0] == f"run.toml:6: model.path: missing; the run needs weights: {remedy}"
 
 
 def test_files_that_are_none():
@@ -210,19 +212,19 @@ def test_all_faults_are_told_at_once_in_the_order_of_the_file():
         .replace("batch_size = 2", "batch_size = 0")
     )
     text += "\n[rollout]\nmode = 'causal'\ncontext_noise = 20\nframes_per_block = 3\n"
-    assert told(text.replace("frames = 81", "frames = 121"), "run.seed='a'") == [
+    assert faults(text.replace("frames = 81", "frames = 121"), "run.seed='a'") == [
         "command line: run.seed: 'a' is not a whole number; e.g. seed = 0",
         "run.toml:4: run.batch_size: 0 is not positive; use 1 or more",
         "run.toml:14: method.name: 'dmb' is not one of dmd, sid, dcm, lcm, flow; did you mean 'dmd'?",
         "run.toml:22: optim.student.lrr: unknown key; did you mean 'lr'?",
-        "run.toml:29: data.frames: 121 gives 31 latent frames, not a multiple of rollout.frames_per_block = 3; "
-        "nearest: 117 or 129",
+        "run.toml:29: data.frames: 121 gives 31 latent frames, not a multiple of "
+        "rollout.frames_per_block = 3; nearest: 117 or 129",
         "run.toml:34: rollout.context_noise: 20.0 leaves [0, 1); Self-Forcing uses 0",
     ]
 
 
 def test_lines_are_found_in_any_layout():
-    """What looks like a key or a table inside strings and arrays is none; keys of inline tables have its line."""
+    """Take nothing inside strings and arrays for a key or a table; keys of inline tables have its line."""
     text = """\
 run = {output_dir = "out", max_steps = 10, batch_size = 0}
 schedule.flow_shift = -1
@@ -248,7 +250,7 @@ name = 'flow'
 
 [[method.x]]
 """
-    assert [line.split(": ")[:2] for line in told(text)] == [
+    assert [line.split(": ")[:2] for line in faults(text)] == [
         ["run.toml:1", "run.batch_size"],
         ["run.toml:2", "schedule.flow_shift"],
         ["run.toml:6", "data.frames"],

@@ -1,4 +1,4 @@
-"""Every configuration of the repository: it loads, its networks are the published ones, and a step of it runs.
+"""Every configuration of the repository loads, has the published networks, and runs a step.
 
 On the meta device and in a folder with what the configurations name, but for weights.
 """
@@ -123,7 +123,10 @@ RUNS += [pytest.param(path, overrides(path), id=f"{path.stem}, again") for path 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with all that the configurations name: published architectures, empty frozen parts, one sample each."""
+    """Make a folder with all that the configurations name.
+
+    It has published architectures, empty frozen parts and one sample of each kind.
+    """
     path = tmp_path_factory.mktemp("place")
     (path / "assets").symlink_to(ROOT / "assets")
     for name, wan in {**WANS, CAUSAL: WANS["Wan2.1-T2V-1.3B-Diffusers"]}.items():
@@ -164,7 +167,7 @@ def there(place, monkeypatch):
 
 @cache
 def published(path: Path) -> int:
-    """The parameters of diffusers' own network of a folder."""
+    """Return the parameters of diffusers' own network of a folder."""
     stock = UNet2DConditionModel if (path / "unet").is_dir() else WanTransformer3DModel
     [config] = [*path.glob("unet/config.json"), *path.glob("transformer/config.json")]
     with torch.device("meta"):
@@ -176,7 +179,7 @@ def count(net: torch.nn.Module) -> int:
 
 
 def added(config: Config, role: str, net) -> int:
-    """What a role's network has beside the published parameters and adapters."""
+    """Return what a role's network has beside the published parameters and adapters."""
     options, found = config.role_options(role), 0
     if options.tile:  # a gate for each block
         found += net.config.num_layers * (net.config.width + 1) * net.config.width
@@ -297,13 +300,13 @@ def test_no_student_is_its_own_target(path):
 
 def without_source(text: str) -> Iterator[str]:
     """Yield the lines of a recipe whose value has no comment beside it, nor beside the head of its table."""
-    told, inside = False, False
+    sourced, inside = False, False
     for line in text.splitlines():
         if line.startswith("["):
-            told = "#" in line
+            sourced = "#" in line
         elif inside or not line or line.startswith("#"):
             inside = inside and line != "]"
-        elif not told and "#" not in line and line.split(" = ")[0] not in NEEDS_NO_SOURCE:
+        elif not sourced and "#" not in line and line.split(" = ")[0] not in NEEDS_NO_SOURCE:
             yield line
         else:
             inside = line.split("#")[0].rstrip().endswith("= [")

@@ -1,4 +1,4 @@
-"""Folders of encoded latents: which sample a batch has, what it is conditioned on, and which folders are refused."""
+"""Folders of encoded latents: samples of a batch, their conditions, and folders that are refused."""
 
 import contextlib
 import json
@@ -164,7 +164,7 @@ def manifest(path, **values):
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
-FAULTS = {  # what is done to a folder, and what is told
+FAULTS = {  # what is done to a folder, and what is reported
     "no list of files": (
         lambda path: manifest(path, files={}),
         r"a/manifest.json has no files; encode the folder",
@@ -223,9 +223,9 @@ def test_a_folder_that_is_not_as_it_says_is_refused(videos, fault, message):
     fault(path)
     with pytest.raises(ValueError, match=message):
         read_folders(videos, VIDEO)
-    [(key, told)] = config.problems()
+    [(key, message)] = config.problems()
     assert key == "sources"
-    assert "\n" not in told
+    assert "\n" not in message
 
 
 def test_a_method_that_needs_latents_trains_on_them(tmp_path):

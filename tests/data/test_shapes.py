@@ -131,7 +131,7 @@ def test_oracle_fails_a_wrong(part):
 
 
 def alike(axis: int) -> Tensor:
-    """Bits that come in equal pairs along an axis (1 T, 2 H, 3 W): every second pair of neighbours is equal."""
+    """Return bits in equal pairs along an axis (1 T, 2 H, 3 W): every second two neighbours are equal."""
     bits = fair_bits(3, 48)
     return bits.index_select(axis, torch.arange(bits.shape[axis]) // 2 * 2)
 
@@ -148,7 +148,10 @@ SPECKLES = {
 
 @pytest.mark.parametrize(("bits", "fault"), SPECKLES.values(), ids=SPECKLES)
 def test_oracle_fails_a_speckle_that_is_not_fair_and_independent(bits, fault):
-    """By that fault alone: every pixel is at a level and the caption is right. Pairs spread their balance a little."""
+    """Refuse pairs by that fault alone: every pixel is at a level and the caption is right.
+
+    Pairs spread their balance a little.
+    """
     video, caption = draw(bits)
     reading = shapes.read(video)
     assert share_right(video, caption) == 0
@@ -163,7 +166,7 @@ def test_oracle_fails_one_sided_speckle():
 
 
 def test_oracle_fails_blurred_speckle():
-    """Each background pixel the mean of two neighbours: levels and zeros, where a teacher with few steps ends."""
+    """Refuse pixels that are means of two neighbours: a teacher with few steps ends at levels and zeros."""
     video, caption = draw(fair_bits(0, 48))
     inside = shapes.templates(T, H, W)[caption][:, None]
     ground = SPECKLE * (2.0 * fair_bits(0, 48)[:, None] - 1)

@@ -35,7 +35,7 @@ VOID = {"meta", "link", "img"}
 
 
 def metrics(steps: int = 120) -> list[dict]:
-    """The student is trained every second step and validated every fortieth, but not at the end."""
+    """Train the student every second step and validate it every fortieth, but not at the end."""
     rows: list[dict] = []
     for step in range(1, steps + 1):
         row = {"step": step, "train/loss_critic": 1 / step, "train/grad_norm_critic": 0.5, "perf/step_s": 1.0}

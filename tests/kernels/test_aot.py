@@ -218,7 +218,10 @@ def test_a_copy_around_the_inner_loop_is_not_one_in_it():
 
 
 def test_serialized_wgmma_is_read_from_the_log():
-    line = "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to .."
+    line = (
+        "ptxas info    : (C7510) Potential Performance Loss: "
+        "wgmma.mma_async instructions are serialized due to .."
+    )
     assert nvidia(log=f"{LOG}{line}\n").serialized == [line]
 
 

@@ -1,5 +1,6 @@
-"""Self-forcing: the rollout and the sampler of a block-causal student, against a float64 definition without a cache.
+"""Self-forcing: the rollout and the sampler of a block-causal student.
 
+They are compared with a float64 definition without a cache.
 B batch, C channel, T frames, H W space.
 """
 
@@ -150,7 +151,7 @@ def test_no_gradient_flows_from_a_block_into_those_before(student, change):
 @pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("exit_step", range(3))
 def test_calls(student, exit_step, first):
-    """For each block the steps to the exit, of which the last keeps gradient, and a context pass but for the last."""
+    """Call each block's steps to the exit, the last with gradient, and a context pass but for the last."""
     step = next(step for step in range(999) if draws(step, 1) == [exit_step])
     lengths = [1, 5] if first else [2, 2, 2]
     roll(student, step, frames_per_block=lengths[-1], independent_first_frame=bool(first), context_noise=0.25)
@@ -314,10 +315,10 @@ def test_layout(frames, k, independent, lengths):
 
 
 @pytest.mark.parametrize(
-    ("frames", "independent", "told"), [(7, False, "not a"), (6, True, r"not 1 \+ a"), (0, True, "")]
+    ("frames", "independent", "reason"), [(7, False, "not a"), (6, True, r"not 1 \+ a"), (0, True, "")]
 )
-def test_layout_that_does_not_come_out_even(frames, independent, told):
-    with pytest.raises(ValueError, match=rf"{frames} latent frames .*{told}.*frames_per_block = 3"):
+def test_layout_that_does_not_come_out_even(frames, independent, reason):
+    with pytest.raises(ValueError, match=rf"{frames} latent frames .*{reason}.*frames_per_block = 3"):
         frame_blocks(frames, 3, independent)
 
 

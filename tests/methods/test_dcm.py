@@ -1,6 +1,6 @@
-"""DCM on perceptrons, against an independent implementation in float64 that reads every key of its configuration, and
-on flows whose consistency functions are known.
+"""DCM on perceptrons, against an independent implementation in float64, and on known flows.
 
+The implementation reads every key of its configuration; the flows have known consistency functions.
 B batch; latents [B, C, T, H, W].
 """
 
@@ -137,7 +137,7 @@ def test_no_gradient_through_the_target_or_the_teacher_s_step(target):
 
 @pytest.mark.parametrize(("target", "role"), [("ema", "target"), ("student", "student")])
 def test_the_target_is_never_the_teacher(target, role):
-    """The teacher takes one step, at sigma_i, guided by one batched call; the target jumps from sigma_prev_i."""
+    """Take one step of the teacher at sigma_i, by one batched call; the target jumps from sigma_prev_i."""
     method = make(target=target)
     nets = make_nets(method)
     mlp.loss(method, "student", nets, BATCH, make_rng(), {})
@@ -241,7 +241,7 @@ def test_adversarial_times_span_the_phase_s_end_to_the_boundary(u, where):
 
 
 def test_the_published_grid():
-    """Wan at shift 17: sigma_prev_0 = 0.016732, and the boundary sigma_34 = 0.975410 ends the semantic phase."""
+    """Check Wan at shift 17: sigma_prev_0 = 0.016732; at sigma_34 = 0.975410 the semantic phase ends."""
     sigmas = dcm.solver_sigmas(50, 17.0)
     assert sigmas.dtype == torch.float64
     assert len(sigmas) == 51
@@ -330,7 +330,7 @@ EXPERTS = [SEMANTIC, DETAIL_BASE | {"adversarial_weight": 0.0}]
 
 
 class Exact(Denoiser):
-    """A velocity field in the place of a network, in float64. Under guidance w its two sides combine to it."""
+    """A velocity field in a network's place, in float64. Under guidance w its two sides combine to it."""
 
     def __init__(self, field: Field, w: float = 1.0) -> None:
         self.field, self.w = field, w
@@ -364,7 +364,7 @@ def exact_loss(method: DCM, teacher: Field, student: Field) -> float:
 @pytest.mark.parametrize("phases", [1, 4])
 @pytest.mark.parametrize("base", EXPERTS, ids=name_case)
 def test_a_perfect_student_has_no_loss(base, phases, target):
-    """Data is one point x*: v = (x - x*) / sigma is constant along a path, so one Euler step is exact at any size."""
+    """Take one point x* for data: v = (x - x*) / sigma is constant along a path, so Euler is exact."""
     point = torch.randn(mlp.SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
     def v(x: Tensor, sigma: Tensor) -> Tensor:
@@ -378,9 +378,13 @@ def test_a_perfect_student_has_no_loss(base, phases, target):
 
 @pytest.mark.parametrize("base", EXPERTS, ids=name_case)
 def test_the_true_flow_map_is_the_fixed_point_of_a_fine_grid(base):
-    """Data N(0, s^2): v = (sigma - (1 - sigma) s^2) x / V, V = (1 - sigma)^2 s^2 + sigma^2, as v = E[eps - x0 | x]; the
-    flow keeps x / sqrt(V), as V' = 2 (sigma - (1 - sigma) s^2). What remains is the local error of Euler, of the step
-    squared: four times less on twice the points. The teacher's own v in place of the map is wrong by far more."""
+    """Take N(0, s^2) for data.
+
+    v = (sigma - (1 - sigma) s^2) x / V, V = (1 - sigma)^2 s^2 + sigma^2, as v = E[eps - x0 | x]; the flow
+    keeps x / sqrt(V), as V' = 2 (sigma - (1 - sigma) s^2). What remains is the local error of Euler, of the
+    step squared: four times less on twice the points. The teacher's own v in place of the map is wrong by far
+    more.
+    """
     s = 0.7
 
     def V(sigma: Tensor) -> Tensor:
@@ -416,8 +420,9 @@ def euler(nets: Mapping[str, Denoiser], x: Tensor, steps: list[tuple[str, float,
     """In float64, steps (role, guidance, from, to)."""
     x = x.double()
     for role, w, now, then in steps:
-        net, told = deepcopy(nets[role].net).double(), torch.full((len(x),), 1000 * now, dtype=torch.float64)
-        c, u = (net(x, told, Cond(cond.text.double())).F for cond in (BATCH.cond, BATCH.uncond))
+        net = deepcopy(nets[role].net).double()
+        model_t = torch.full((len(x),), 1000 * now, dtype=torch.float64)
+        c, u = (net(x, model_t, Cond(cond.text.double())).F for cond in (BATCH.cond, BATCH.uncond))
         x = x + (then - now) * (u + w * (c - u))
     return x
 
@@ -484,7 +489,7 @@ def test_an_export_s_scheduler_is_that_of_the_method(tmp_path, method, name):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "keys"),
     [
         ({"temporal_weight": -1.0}, ["temporal_weight"]),
         ({"temporal_lag": 0}, ["temporal_lag"]),
@@ -511,8 +516,8 @@ def test_an_export_s_scheduler_is_that_of_the_method(tmp_path, method, name):
     ],
     ids=str,
 )
-def test_problems_name_the_key(change, told):
-    assert [key for key, _ in Config(name="dcm", **SEMANTIC | change).problems()] == told
+def test_problems_name_the_key(change, keys):
+    assert [key for key, _ in Config(name="dcm", **SEMANTIC | change).problems()] == keys
 
 
 @pytest.mark.parametrize("base", [SEMANTIC, DETAIL_BASE], ids=name_case)

@@ -1,5 +1,6 @@
-"""DMD on three perceptrons, against an independent implementation in float64 that reads every key of its configuration.
+"""DMD on three perceptrons, against an independent implementation in float64.
 
+The implementation reads every key of its configuration.
 B batch, C channel, T frames, H W space.
 """
 
@@ -69,7 +70,7 @@ def dmd_gradient(definition: Definition) -> Tensor:
 
 @pytest.mark.parametrize("change", CASES, ids=lambda change: "-".join(map(str, change)))
 def test_student_gradient_is_that_of_the_definition(nets, change):
-    """For the base configuration and with each key changed, and a key that were not read would leave it as it was."""
+    """Compare the base configuration and each key changed: a key that is not read would change nothing."""
     loss, metrics = mlp.loss(make(**change), "student", nets, BATCH, make_rng(), {})
     loss.backward()
     got = mlp.gradient(nets["student"].net)

@@ -23,7 +23,7 @@ def make(distribution: str = "uniform", flow_shift: float = 3.0) -> Flow:
 
 
 def times(method: Flow, u: torch.Tensor) -> torch.Tensor:
-    """The t, in [0, 1], that the network is told for draws u of the uniform law."""
+    """Return the t, in [0, 1], that the network is conditioned on for draws u of the uniform law."""
     nets, batch = mlp.three_nets(FlowSchedule(3.0)), mlp.make_batch(len(u))
     rng = SimpleNamespace(uniform=lambda: u, normal=lambda shape: torch.zeros(len(u), *shape))
     mlp.loss(method, "student", nets, batch, rng, {})

@@ -31,7 +31,7 @@ def make_rng(step: int) -> Rng:
 
 
 def step_at(block: int) -> int:
-    """A step whose draw is that block."""
+    """Return a step whose draw is that block."""
     return next(step for step in range(99) if make_rng(step).shared_integer(3) == block)
 
 

@@ -97,7 +97,7 @@ def test_a_block_that_is_not_there_is_told_with_its_key():
 
 
 def slopes(loss: Any, *logits: list[Tensor]) -> tuple[float, list[float]]:
-    """The loss, and its gradient in every logit."""
+    """Return the loss, and its gradient in every logit."""
     leaves = [[x.clone().requires_grad_() for x in maps] for maps in logits]
     value = loss(*leaves)
     value.backward()
@@ -105,7 +105,7 @@ def slopes(loss: Any, *logits: list[Tensor]) -> tuple[float, list[float]]:
 
 
 def test_losses_and_their_slopes():
-    """A real that is far above and a fake far below the margin have no slope in the hinge; softplus saturates."""
+    """Give no slope in the hinge to a real far above and a fake far below the margin; softplus saturates."""
     fake, real = [torch.tensor([[[-2.0, 0.5]]]).double()], [torch.tensor([[[3.0, 0.25]]]).double()]
     value, slope = slopes(gan.hinge_d, fake, real)
     assert value == pytest.approx((0 + 1.5) / 2 + (0 + 0.75) / 2)
@@ -172,7 +172,10 @@ class WithGAN(Definition):
         return torch.stack([x.flatten(1) for x in judged])
 
     def student_gradient(self) -> Tensor:
-        """The DMD loss, and gan_weight mean softplus(-D) at a score time of its own, on the frames that carry it."""
+        """Return the DMD loss, plus gan_weight mean softplus(-D) on the frames that carry it.
+
+        D judges at a score time of its own.
+        """
         x0_g, exit_t, next_t = self.rollout()
         self.rollout = lambda: (x0_g, exit_t, next_t)
         _, _, _, x0_fake, x0_real = self.student_scores()
@@ -293,7 +296,7 @@ def test_data_without_latents_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "keys"),
     [
         ({}, []),
         ({"gan_weight": -1.0}, ["gan_weight"]),
@@ -307,8 +310,8 @@ def test_data_without_latents_is_refused():
     ],
     ids=str,
 )
-def test_problems_name_the_key(change, told):
-    assert [key for key, _ in Config(name="dmd", **BASE | GAN | change).problems()] == told
+def test_problems_name_the_key(change, keys):
+    assert [key for key, _ in Config(name="dmd", **BASE | GAN | change).problems()] == keys
 
 
 def test_a_run_trains_its_discriminator(tmp_path):

@@ -1,5 +1,6 @@
-"""LCM on perceptrons, against an independent implementation in float64; on worlds whose flow map is known; its sampler
-against diffusers' scheduler. B batch.
+"""LCM on perceptrons, against an independent implementation in float64, and on worlds with known flow maps.
+
+Its sampler is compared with diffusers' scheduler. B batch.
 """
 
 from copy import deepcopy
@@ -74,8 +75,8 @@ class Definition:
         return column(ALPHAS[at.long()].sqrt()), column((1 - ALPHAS[at.long()]).sqrt())
 
     def F(self, role: str, z: Tensor, at: Tensor, cond: Cond, w: Tensor | None = None) -> Tensor:
-        told = 1000 * at if self.flow else at.double()
-        return self.nets[role](z, told, Cond(cond.text.double(), guidance=w)).F
+        model_t = 1000 * at if self.flow else at.double()
+        return self.nets[role](z, model_t, Cond(cond.text.double(), guidance=w)).F
 
     def x0(self, z: Tensor, at: Tensor, F: Tensor) -> Tensor:
         alpha, sigma = self.alpha_sigma(at)
@@ -137,7 +138,7 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "change"), CASES, ids=str)
 def test_gradient_is_that_of_the_definition(name, change):
-    """For the base configuration and with each key changed, and a key that were not read would leave it as it was."""
+    """Compare the base configuration and each key changed: a key that is not read would change nothing."""
     schedule = FLOW if name == "flow" else VP
     nets = four_nets(schedule)
     loss, _ = mlp.loss(make(schedule, **change), "student", nets, BATCH, make_rng(), {})

@@ -1,4 +1,7 @@
-"""Backward simulation, and the samplers it shares with validation. B batch, C channel, T frames, H W space."""
+"""Backward simulation, and the samplers it shares with validation.
+
+B batch, C channel, T frames, H W space.
+"""
 
 from dataclasses import fields
 from itertools import pairwise
@@ -51,7 +54,7 @@ def x0_of(student: Denoiser, x_t: Tensor, t: Tensor, batch: Batch) -> Tensor:
 
 
 def walk(student: Denoiser, exit_step: int, rng: Rng) -> Tensor:
-    """The definition: x0 = student(x_t), x_t' = (1 - t') x0 + t' eps with fresh eps, to the exit step."""
+    """Follow the definition to the exit: x0 = student(x_t), x_t' = (1 - t') x0 + t' eps with fresh eps."""
     x = rng.normal(mlp.SHAPE)
     for t, t_next in pairwise(TIMES[: exit_step + 1]):
         x = (1 - column(t_next)) * x0_of(student, x, t, BATCH) + column(t_next) * rng.normal(mlp.SHAPE)
@@ -62,8 +65,8 @@ def walk(student: Denoiser, exit_step: int, rng: Rng) -> Tensor:
 def test_rollout_is_the_walk_to_the_exit_step(student, exit_step):
     step = step_that_exits(exit_step)
     made = roll(student, step)
-    told = [call.model_t.tolist() for call in student.net.calls]
-    assert told == [[t] * 4 for t in (1000, 900, 700, 400)[: exit_step + 1]]  # and no step past the exit
+    times = [call.model_t.tolist() for call in student.net.calls]
+    assert times == [[t] * 4 for t in (1000, 900, 700, 400)[: exit_step + 1]]  # and no step past the exit
     torch.testing.assert_close(made.x0_g, walk(student, exit_step, make_rng(step)))
     assert made.window.exit_t == TIMES[exit_step]
     assert made.window.next_t == [*TIMES.tolist(), 0][exit_step + 1]
@@ -152,7 +155,11 @@ def test_problems_of_causal_rollouts():
 
 
 def test_every_key_has_a_test():
-    """mode, exit: above; grad_frames: test_dmd; grad_frames again and what only causal rollouts read: test_causal."""
+    """Name the tests of each key.
+
+    mode, exit: above. grad_frames: test_dmd. grad_frames again and what only causal rollouts read:
+    test_causal.
+    """
     causal = {"frames_per_block", "independent_first_frame", "shared_exit_step", "context_noise"}
     assert {field.name for field in fields(Config)} == {"mode", "exit", "grad_frames"} | causal
 
@@ -182,5 +189,5 @@ def test_guided_ode_calls_once_a_step(student):
     noise, grid = make_rng().normal(mlp.SHAPE), SCHEDULE.solver_grid(5)
     ode(guided(student, BATCH.uncond, 2.0), SCHEDULE, noise, grid, BATCH.cond)
     assert [len(call.x_t) for call in student.net.calls] == [8] * 5
-    told = torch.stack([call.model_t for call in student.net.calls], dim=1)
-    assert torch.equal(told, (1000 * grid[:-1]).float().expand(8, 5))
+    times = torch.stack([call.model_t for call in student.net.calls], dim=1)
+    assert torch.equal(times, (1000 * grid[:-1]).float().expand(8, 5))

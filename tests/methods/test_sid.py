@@ -1,4 +1,4 @@
-"""SiD on three perceptrons, against an independent implementation in float64, and on a world whose scores are known.
+"""SiD on three perceptrons, against an independent implementation in float64, and on known scores.
 
 B batch, C channel, T frames, H W space.
 """
@@ -74,7 +74,7 @@ class LastFrames(Definition):
 
 @pytest.mark.parametrize("change", SID_CASES, ids=lambda change: "-".join(map(str, change)))
 def test_student_gradient_is_that_of_the_definition(nets, change):
-    """For the base configuration and with each key changed, and a key that were not read would leave it as it was."""
+    """Compare the base configuration and each key changed: a key that is not read would change nothing."""
     loss, metrics = mlp.loss(make(**change), "student", nets, BATCH, make_rng(), {})
     loss.backward()
     got = mlp.gradient(nets["student"].net)

@@ -52,7 +52,7 @@ def tiny_wan(channels: int, text_dim: int) -> Wan:
 
 
 def frozen_networks() -> dict[str, Any]:
-    """The other networks of a Wan 2.1 folder, tiny: 16 latent channels, text embeddings of 24."""
+    """Make the other networks of a Wan 2.1 folder, tiny: 16 latent channels, text embeddings of 24."""
     torch.manual_seed(0)
     letters = [(letter, -3.0) for letter in string.ascii_lowercase]
     tokenizer = T5Tokenizer(

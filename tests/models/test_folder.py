@@ -16,7 +16,8 @@ from fastdmd.schedule import FlowSchedule
 
 TEACHER = Path(__file__).parents[2] / "assets" / "tiny_wan"
 TINY = WanConfig(
-    num_attention_heads=2, attention_head_dim=12, num_layers=2, ffn_dim=40, in_channels=3, out_channels=3, text_dim=8,
+    num_attention_heads=2, attention_head_dim=12, num_layers=2, ffn_dim=40, in_channels=3, out_channels=3,
+    text_dim=8,
     freq_dim=32, patch_size=(1, 1, 2), cross_attn_norm=False, eps=1e-5,
 )  # fmt: skip
 
@@ -29,7 +30,7 @@ def theirs():
 
 @pytest.fixture
 def saved(theirs, tmp_path):
-    """A folder that diffusers wrote."""
+    """Make a folder that diffusers wrote."""
     theirs.save_pretrained(tmp_path / "transformer")
     return tmp_path
 

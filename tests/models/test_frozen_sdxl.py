@@ -1,4 +1,4 @@
-"""SDXL's text encoders and VAE, tiny and random: what the stock pipeline computes, and a run on its prompts."""
+"""SDXL's text encoders and VAE, tiny and random, against the stock pipeline; and a run on its prompts."""
 
 import string
 from dataclasses import replace
@@ -80,11 +80,12 @@ def text_config(width: int) -> CLIPTextConfig:
 
 @pytest.fixture(scope="module")
 def pipe(tmp_path_factory) -> StableDiffusionXLPipeline:
-    """A whole folder that diffusers wrote, at pipe.name_or_path."""
+    """Make a whole folder that diffusers wrote, at pipe.name_or_path."""
     torch.manual_seed(0)
     vae = AutoencoderKL(
         block_out_channels=(4, 4, 4, 4), down_block_types=("DownEncoderBlock2D",) * 4, norm_num_groups=2,
-        up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, scaling_factor=0.13025, force_upcast=True,
+        up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, scaling_factor=0.13025,
+        force_upcast=True,
     )  # fmt: skip
     path = tmp_path_factory.mktemp("pipe") / "sdxl"
     noise = {key: getattr(Noise(), key) for key in ("beta_start", "beta_end", "beta_schedule")}

@@ -27,7 +27,8 @@ from fastdmd.models.wan.net import Wan
 from fastdmd.schedule import FlowSchedule
 
 WAN = WanConfig(
-    num_attention_heads=2, attention_head_dim=12, num_layers=2, ffn_dim=40, in_channels=3, out_channels=3, text_dim=24,
+    num_attention_heads=2, attention_head_dim=12, num_layers=2, ffn_dim=40, in_channels=3, out_channels=3,
+    text_dim=24,
     freq_dim=32,
 )  # fmt: skip
 RANK, ALPHA = 4, 6.0
@@ -55,7 +56,7 @@ NETS = pytest.mark.parametrize(
 
 
 def adapted(make, targets, seed=0):
-    """A network with adapters that do something, and its inputs."""
+    """Return a network with adapters that do something, and its inputs."""
     net, batch = make()
     add_lora(net, RANK, ALPHA, targets)
     start_lora(net, seed, torch.device("cpu"), torch.float32)

@@ -55,7 +55,7 @@ def saved(tmp_path_factory) -> Path:
 
 
 def read(path: Path, trained: bool) -> tuple[Wan, dict[str, Tensor], Live]:
-    """A network in bfloat16, its masters, and what reading it took with each tensor of the file counted too."""
+    """Return a network in bfloat16, its masters, and what reading took, each tensor of the file included."""
     with torch.device("meta"):
         net = Wan(WIDE)
     weights, live = folder.open_weights(path, net), Live()

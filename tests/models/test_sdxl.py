@@ -1,4 +1,4 @@
-"""SDXL as a role's network: what stock diffusers computes, told as our conditions tell it."""
+"""SDXL as a role's network computes what stock diffusers does under our conditions."""
 
 from dataclasses import replace
 from typing import Any
@@ -19,15 +19,17 @@ TINY = replace(
     cross_attention_dim=12,
     projection_class_embeddings_input_dim=10 + 6 * 4,
 )
-TOLD = replace(TINY, time_cond_proj_dim=14)  # with a guidance embedding
+GUIDED = replace(TINY, time_cond_proj_dim=14)  # with a guidance embedding
 
 
 def stock(config: SDXLConfig) -> UNet2DConditionModel:
-    """The same architecture as diffusers writes it."""
+    """Return the same architecture as diffusers writes it."""
     return UNet2DConditionModel(
         sample_size=8, in_channels=3, out_channels=3, block_out_channels=(8, 16), layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2), attention_head_dim=(1, 2), norm_num_groups=4, cross_attention_dim=12,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2), attention_head_dim=(1, 2), norm_num_groups=4,
+        cross_attention_dim=12,
         use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=4,
         projection_class_embeddings_input_dim=34, time_cond_proj_dim=config.time_cond_proj_dim,
     )  # fmt: skip
@@ -55,23 +57,23 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("config", [TINY, TOLD], ids=["plain", "told"])
+@pytest.mark.parametrize("config", [TINY, GUIDED], ids=["plain", "guided"])
 def test_equals_the_stock_call(config):
     ours, theirs = randomized(SDXL(config)), stock(config)
     theirs.load_state_dict(ours.unet.state_dict())
     x_t, model_t, cond = inputs(config)
     F = ours(x_t, model_t, cond).F
-    told = None if cond.guidance is None else guidance_embedding(cond.guidance, 14)
+    embedding = None if cond.guidance is None else guidance_embedding(cond.guidance, 14)
     added = {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
     reference = theirs(
-        x_t, model_t.long(), cond.text, timestep_cond=told, added_cond_kwargs=added, return_dict=False
+        x_t, model_t.long(), cond.text, timestep_cond=embedding, added_cond_kwargs=added, return_dict=False
     )[0]
     torch.testing.assert_close(F, reference, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_features_are_what_the_next_block_is_given(checkpointing):
-    """Of two blocks down, the middle and two up; F, and the gradient through the maps, whether recomputed or not."""
+    """Return F and the gradient through the maps of all five blocks, whether recomputed or not."""
     ours, theirs = randomized(SDXL(TINY)).train(), stock(TINY)
     theirs.load_state_dict(ours.unet.state_dict())
     ours.recompute_blocks(checkpointing)
@@ -134,7 +136,7 @@ def test_guidance_is_embedded_as_the_stock_pipeline_does(dim):
 
 def test_a_stock_pipeline_tells_the_same_at_guidance_scale_w():
     """One LCM step of the pipeline: what its UNet was called with and gave, and what we give for that w."""
-    net, w, calls = randomized(SDXL(TOLD)), 3.5, []
+    net, w, calls = randomized(SDXL(GUIDED)), 3.5, []
     pipe = StableDiffusionXLPipeline(
         vae=None, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, unet=net.unet,
         scheduler=LCMScheduler(),
@@ -143,29 +145,31 @@ def test_a_stock_pipeline_tells_the_same_at_guidance_scale_w():
     net.unet.register_forward_hook(
         lambda _, args, kwargs, out: calls.append((args, kwargs, out)), with_kwargs=True
     )
-    x_t, _, cond = inputs(TOLD, B=1)
+    x_t, _, cond = inputs(GUIDED, B=1)
     pipe(
         prompt_embeds=cond.text, pooled_prompt_embeds=cond.pooled, latents=x_t, guidance_scale=w,
         num_inference_steps=1, height=8, width=8, output_type="latent",
     )  # fmt: skip
     [((sample, t), kwargs, (out, *_))] = calls
-    told = Cond(cond.text, cond.pooled, kwargs["added_cond_kwargs"]["time_ids"], torch.tensor([w]))
+    ours = Cond(cond.text, cond.pooled, kwargs["added_cond_kwargs"]["time_ids"], torch.tensor([w]))
     with torch.no_grad():
-        assert (out - net(sample, t[None], told).F).abs().max() < 1e-4
-        other = replace(told, guidance=torch.tensor([w + 1]))
+        assert (out - net(sample, t[None], ours).F).abs().max() < 1e-4
+        other = replace(ours, guidance=torch.tensor([w + 1]))
         assert (out - net(sample, t[None], other).F).abs().max() > 1e-2
 
 
 def test_a_guidance_embedding_starts_at_zero():
-    net = SDXL(TOLD)
-    x_t, model_t, cond = inputs(TOLD)
+    net = SDXL(GUIDED)
+    x_t, model_t, cond = inputs(GUIDED)
     F = net(x_t, model_t, cond).F
     assert torch.equal(F, net(x_t, model_t, replace(cond, guidance=cond.guidance + 2)).F)
     F.square().mean().backward()
     assert net.unet.time_embedding.cond_proj.weight.grad.abs().max() > 0  # and moves
 
 
-@pytest.mark.parametrize(("config", "w"), [(TOLD, None), (TINY, torch.ones(3))], ids=["untold", "told"])
+@pytest.mark.parametrize(
+    ("config", "w"), [(GUIDED, None), (TINY, torch.ones(3))], ids=["missing", "superfluous"]
+)
 def test_guidance_without_its_embedding_is_refused(config, w):
     x_t, model_t, cond = inputs(config)
     with pytest.raises(
@@ -207,9 +211,9 @@ def test_architectures_that_are_none(values, key, message):
 
 
 def test_cast_rounds_all_and_keeps_masters():
-    net = randomized(SDXL(TOLD))
+    net = randomized(SDXL(GUIDED))
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
-    batch = inputs(TOLD)
+    batch = inputs(GUIDED)
     exact = net(*batch).F
     masters = cast(net, torch.bfloat16)
     assert masters.keys() == before.keys()
@@ -217,13 +221,13 @@ def test_cast_rounds_all_and_keeps_masters():
         assert torch.equal(p, before[name].bfloat16())
         assert masters[name].dtype == torch.float32
         assert torch.equal(masters[name], before[name])
-    theirs = stock(TOLD).bfloat16()
+    theirs = stock(GUIDED).bfloat16()
     theirs.load_state_dict(net.unet.state_dict())
     x_t, model_t, cond = batch
     added = {"text_embeds": cond.pooled.bfloat16(), "time_ids": cond.time_ids}
-    told = guidance_embedding(cond.guidance, 14).bfloat16()
+    embedding = guidance_embedding(cond.guidance, 14).bfloat16()
     reference = theirs(
-        x_t.bfloat16(), model_t, cond.text.bfloat16(), timestep_cond=told, added_cond_kwargs=added
+        x_t.bfloat16(), model_t, cond.text.bfloat16(), timestep_cond=embedding, added_cond_kwargs=added
     )
     F = net(*batch).F
     assert torch.equal(F, reference.sample)
@@ -264,7 +268,7 @@ def test_from_scratch_is_drawn_from_the_seed_and_starts_at_zero():
     assert not any(first[f"unet.mid_block.resnets.{i}.conv2.weight"].any() for i in (0, 1))
 
 
-@pytest.mark.parametrize("config", [TINY, TOLD], ids=["plain", "told"])
+@pytest.mark.parametrize("config", [TINY, GUIDED], ids=["plain", "guided"])
 def test_flops_equal_a_count_by_hooks(config):
     """Every linear and convolution by its output, every attention by its lengths."""
     net, total = SDXL(config), 0

@@ -14,7 +14,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from test_sdxl import TINY, TOLD, inputs, randomized, stock
+from test_sdxl import GUIDED, TINY, inputs, randomized, stock
 
 from fastdmd.batch import Cond
 from fastdmd.data.table import Config
@@ -37,7 +37,7 @@ def seeded():
 
 @pytest.fixture
 def saved(tmp_path):
-    """A folder that diffusers wrote."""
+    """Make a folder that diffusers wrote."""
     randomized(stock(TINY)).save_pretrained(tmp_path / "unet")
     DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").save_pretrained(
         tmp_path / "scheduler"
@@ -56,7 +56,7 @@ def same(a, b):
 
 
 def opened(folder) -> StableDiffusionXLPipeline:
-    """The pipeline of a folder that has no text encoders."""
+    """Return the pipeline of a folder that has no text encoders."""
     absent = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae"))
     pipe = StableDiffusionXLPipeline.from_pretrained(folder, **absent)
     pipe.set_progress_bar_config(disable=True)
@@ -68,10 +68,10 @@ def opened(folder) -> StableDiffusionXLPipeline:
 
 @pytest.mark.parametrize("max_shard_size", ["10GB", "20KB"])
 def test_loads_what_diffusers_saved(tmp_path, max_shard_size):
-    theirs = randomized(stock(TOLD))
+    theirs = randomized(stock(GUIDED))
     theirs.save_pretrained(tmp_path / "unet", max_shard_size=max_shard_size)
     net = sdxl_folder.load(tmp_path)
-    assert net.config == TOLD
+    assert net.config == GUIDED
     assert same(net.unet.state_dict(), theirs.state_dict())
 
 
@@ -103,26 +103,26 @@ def test_one_number_for_all_levels(saved):
 
 
 def test_diffusers_opens_what_we_saved(tmp_path):
-    net = randomized(SDXL(TOLD))
+    net = randomized(SDXL(GUIDED))
     sdxl_folder.save(tmp_path, net.config, dict(net.named_parameters()))
     theirs, info = UNet2DConditionModel.from_pretrained(tmp_path / "unet", output_loading_info=True)
     assert not any(info.values()), info
     assert same(theirs.state_dict(), net.unet.state_dict())
     assert theirs.config.up_block_types == ["CrossAttnUpBlock2D", "UpBlock2D"]
-    assert sdxl_folder.read_config(tmp_path) == TOLD
+    assert sdxl_folder.read_config(tmp_path) == GUIDED
 
 
 def test_a_student_with_a_guidance_embedding_starts_as_its_teacher(saved):
     teacher, student = sdxl_folder.load(saved), sdxl_folder.load(saved, time_cond_proj_dim=256)
     assert student.config == replace(TINY, time_cond_proj_dim=256)
     x_t, model_t, cond = inputs(TINY)
-    told = replace(cond, guidance=torch.tensor([1.0, 3.0, 9.0]))
-    assert torch.equal(student(x_t, model_t, told).F, teacher(x_t, model_t, cond).F)
+    embedded = replace(cond, guidance=torch.tensor([1.0, 3.0, 9.0]))
+    assert torch.equal(student(x_t, model_t, embedded).F, teacher(x_t, model_t, cond).F)
 
 
 def test_a_guidance_embedding_is_kept(tmp_path):
-    net = randomized(SDXL(TOLD))
-    sdxl_folder.save(tmp_path, TOLD, net.state_dict())
+    net = randomized(SDXL(GUIDED))
+    sdxl_folder.save(tmp_path, GUIDED, net.state_dict())
     for asked in (None, 14):
         assert same(sdxl_folder.load(tmp_path, time_cond_proj_dim=asked).state_dict(), net.state_dict())
     with pytest.raises(ValueError, match="guidance embedding of width 14, not 256; use 14"):
@@ -222,17 +222,18 @@ def test_an_exported_teacher_in_a_stock_pipeline_is_our_solver(tmp_path, predict
     x, _, cond = inputs(TINY, B)
     assert cond.pooled is not None
     size = torch.tensor([[8.0, 6, 0, 0, 8, 6]]).repeat(B, 1)
-    told = Cond(cond.text, cond.pooled, size)
+    sized = Cond(cond.text, cond.pooled, size)
     nothing = Cond(torch.zeros_like(cond.text), torch.zeros_like(cond.pooled), size)
     theirs = pipe(
         prompt_embeds=cond.text, pooled_prompt_embeds=cond.pooled, negative_prompt_embeds=nothing.text,
-        negative_pooled_prompt_embeds=nothing.pooled, original_size=(8, 6), target_size=(8, 6), height=8, width=8,
+        negative_pooled_prompt_embeds=nothing.pooled, original_size=(8, 6), target_size=(8, 6), height=8,
+        width=8,
         latents=x, guidance_scale=w, num_inference_steps=steps, output_type="latent",
     ).images  # fmt: skip
     schedule = noise.schedule()
     with torch.no_grad():
         ours = ode(
-            guided(Denoiser(net, schedule), nothing, w), schedule, x, schedule.solver_grid(steps), told
+            guided(Denoiser(net, schedule), nothing, w), schedule, x, schedule.solver_grid(steps), sized
         )
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
 

@@ -1,4 +1,4 @@
-"""Our Wan against diffusers' on random weights, and what it promises beside: order, checkpointing, types, cost."""
+"""Our Wan against diffusers' on random weights, and its other promises: order, recomputing, types, cost."""
 
 import re
 from collections.abc import Sequence
@@ -25,7 +25,8 @@ from fastdmd.schedule import FlowSchedule
 from fastdmd_kernels.tiles import Tiles, raster_order, tile_order
 
 TINY = WanConfig(
-    num_attention_heads=3, attention_head_dim=12, num_layers=2, ffn_dim=40, in_channels=4, out_channels=4, text_dim=24,
+    num_attention_heads=3, attention_head_dim=12, num_layers=2, ffn_dim=40, in_channels=4, out_channels=4,
+    text_dim=24,
     freq_dim=32,
 )  # fmt: skip
 LATENT = (5, 6, 10)  # tokens 5, 3, 5
@@ -259,8 +260,8 @@ def test_flops_equal_the_counter(tile):
     call = Call(attention=net.attention(x_t.shape, net.topk(x_t.shape, 0.7)))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(x_t, model_t, Cond(text), call)
-    # the counter does not see into the fine stage of sparse attention: 6 of 18 tiles of 8 tokens kept, 3 heads of 12,
-    # two products, two blocks, batch 3
+    # the counter does not see into the fine stage of sparse attention: 6 of 18 tiles of 8 tokens kept, 3
+    # heads of 12, two products, two blocks, batch 3
     fine = 0 if tile is None else 2 * 2 * (18 * 6 * 8 * 8) * 3 * 12 * 2 * 3
     assert net.flops(x_t.shape, 7, call) == counter.get_total_flops() + fine
 

@@ -1,6 +1,6 @@
-"""Block-causal Wan: against the bidirectional one, against a float64 definition without a cache, and what its cache
-promises.
+"""Block-causal Wan, against the bidirectional one and a float64 definition, and what its cache promises.
 
+The definition has no cache.
 B batch, C channel, T frames, H W space. Latents have four tokens a frame.
 """
 
@@ -109,7 +109,7 @@ def test_a_block_s_gradient_stops_at_what_is_held(net):
 
 
 def test_keys_are_held_at_their_own_frames(net):
-    """The same block again: the same values in the first layer, and keys whose temporal pairs are turned further."""
+    """Repeat a block: the first layer has the same values, and keys whose temporal pairs turn further."""
     x, t, cond = inputs(T=4)
     cache = net.start_video(x.shape)
     with torch.no_grad():
@@ -162,7 +162,7 @@ def test_one_cache_serves_all_videos(net):
 
 
 def test_checkpointing_changes_nothing(net):
-    """It comes back to the cache after the context pass of that block; a cache that serves another video is refused."""
+    """Come back to the cache after the block's context pass; refuse a cache that serves another video."""
     x, t, cond = inputs()
 
     def exit_of_the_second() -> Tensor:
