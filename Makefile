@@ -17,7 +17,7 @@ capture: .venv/.dev  ## every method and phase as one graph per exit step: 15 mi
 	$(BIN)/python -m pytest -n 2 --campaign tests/test_capture.py
 
 check: .venv/.dev lint  ## what a push is held to, in less than a minute: style, types, rules, methods, configurations
-	$(BIN)/python -m pytest -q -n 2 -m "not slow" tests/methods tests/config tests/test_layering.py tests/test_project.py
+	$(BIN)/python -m pytest -q -n 2 -m "not slow and not full_size" tests/methods tests/config tests/test_layering.py
 
 # `make gpu PY=python3` takes a python that has torch, triton, pytest and pytest-benchmark already, and sets up nothing
 PY ?= $(BIN)/python
