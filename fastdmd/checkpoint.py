@@ -1,6 +1,7 @@
-"""Checkpoints: a folder of safetensors with a JSON manifest. A run killed at any instant finds the last whole one.
+"""Checkpoints: a folder of safetensors with a JSON manifest.
 
-Written to a hidden folder, flushed to disk, then renamed: a folder named `step_NNNNNNNN` is complete. No pickles.
+A run that is killed at any instant finds the last whole one: it is written to a hidden folder, flushed to
+disk, then renamed, so that a folder named `step_NNNNNNNN` is complete. There are no pickles.
 """
 
 import json
@@ -39,14 +40,17 @@ class Config:
 
 
 def complete(folder: Path) -> list[Path]:
-    """The whole checkpoints of a folder, oldest first."""
+    """Return the whole checkpoints of a folder, oldest first."""
     return sorted(p for p in folder.glob("step_" + 8 * "[0-9]") if p.is_dir())
 
 
 def save(
     folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
 ) -> Path:
-    """Write `step_NNNNNNNN`, one safetensors file per name and the manifest; then drop all but the newest `keep`."""
+    """Write `step_NNNNNNNN`, one safetensors file per name and the manifest.
+
+    Then drop all checkpoints but the newest `keep`.
+    """
     final, part = folder / f"step_{step:08d}", folder / f".part-{step:08d}"
     make_folder(folder)
     sweep(folder)
@@ -89,7 +93,7 @@ def sweep(folder: Path) -> None:
 
 
 def find(folder: Path, resume: str | bool) -> Path | None:
-    """What `checkpoint.resume` names: the newest of `folder`, a given checkpoint, or nothing."""
+    """Return what `checkpoint.resume` names: the newest of `folder`, a given checkpoint, or nothing."""
     if resume is False:
         return None
     if resume == "latest":

@@ -29,7 +29,10 @@ def user_errors() -> Iterator[None]:
     import torch
     from safetensors import SafetensorError
 
-    memory = "out of memory ({}); lower run.batch_size and raise run.grad_accum, or set memory.checkpointing = 'full'"
+    memory = (
+        "out of memory ({}); lower run.batch_size and raise run.grad_accum, "
+        "or set memory.checkpointing = 'full'"
+    )
     try:
         yield
     except (ValueError, OSError) as e:
@@ -45,7 +48,7 @@ def user_errors() -> Iterator[None]:
 
 
 def first_words(e: BaseException) -> str:
-    """Return the first two sentences of an error's first line: what was asked for, without the allocator's advice."""
+    """Return the first two sentences of an error: what was asked for, without the allocator's advice."""
     return ". ".join(str(e).split("\n")[0].split(". ")[:2]).rstrip(".") or "the host's"
 
 
@@ -134,7 +137,7 @@ def export(
     overrides: Overrides = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
 ) -> None:
-    """Write a run's student as a diffusers folder whose scheduler takes its own few steps (a flow model: UniPC)."""
+    """Write a run's student as a diffusers folder, whose scheduler takes its own few steps."""
     with user_errors():
         from fastdmd.export import export_student, opening
 
@@ -153,7 +156,7 @@ def warm(
         str | None, typer.Option(help="sm_90, sm_100, gfx942, ..; absent: this machine's GPU.")
     ] = None,
 ) -> None:
-    """Compile the kernels that CONFIG's run needs into triton's cache: its first step then compiles nothing."""
+    """Compile the kernels that CONFIG's run needs into triton's cache before it starts."""
     with user_errors():
         from fastdmd import config as configs
         from fastdmd.warm import warm as compile_kernels

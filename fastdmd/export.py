@@ -24,14 +24,14 @@ def exported_scheduler(config: Config) -> Any:
 
 
 def exported_from(config: Config) -> Path | None:
-    """The folder whose frozen parts an export copies."""
+    """Return the folder whose frozen parts an export copies."""
     return Path(config.model.path) if config.model.path else None
 
 
 def export_student(
     path: Path, out: str | Path, force: bool = False, overrides: Sequence[str] = ()
 ) -> list[str]:
-    """Write the student of a run's newest checkpoint as a diffusers pipeline folder, and return what to know of it.
+    """Write the student of a run's newest checkpoint as a diffusers folder, and return what to know of it.
 
     It has its validation weights. Adapters are merged into it, and stand beside it as
     pytorch_lora_weights.safetensors where they are all there is. `force` replaces an earlier export.
@@ -66,8 +66,9 @@ def export_student(
 
 
 def check_out(out: str, config: Config, force: bool) -> Path:
-    """Return the folder of an export, links resolved; ValueError where it would write over what the run reads or is.
+    """Return the folder of an export, links resolved.
 
+    Raise ValueError where it would write over what the run reads or is.
     `force` replaces an earlier export, and nothing else.
     """
     target = named_folder(out)
@@ -87,7 +88,10 @@ def check_out(out: str, config: Config, force: bool) -> Path:
 
 
 def check_samples(out: str, config: Config) -> Path:
-    """Return the folder for samples, links resolved; ValueError where they would mix with what the run reads or is."""
+    """Return the folder for samples, links resolved.
+
+    Raise ValueError where they would mix with what the run reads or is.
+    """
     target = named_folder(out)
     for key, path in reads(config):
         if is_in(target, path) and key not in (RUN, f"{RUN}/samples"):
@@ -107,7 +111,10 @@ def named_folder(out: str) -> Path:
 
 
 def reads(config: Config) -> Iterator[tuple[str, Path]]:
-    """Yield the files and folders that a run reads and is, with the key that names each; what links in them lead to."""
+    """Yield the files and folders that a run reads and is, with the key that names each.
+
+    What links in them lead to is among them.
+    """
     folder = Path(config.run.output_dir)
     yield from ((f"{RUN}/{part}", folder / part) for part in PARTS)
     for key, name in configs.paths_of(config):

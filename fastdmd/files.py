@@ -1,4 +1,7 @@
-"""Files that survive a kill and a power cut: written aside, flushed, renamed; one process at a time in a folder."""
+"""Files that survive a kill and a power cut: written aside, flushed, then renamed.
+
+One process at a time works in a folder.
+"""
 
 import fcntl
 import hashlib
@@ -27,10 +30,10 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def written_beside(out: Path) -> Iterator[Path]:
-    """Give a hidden folder beside `out` to write to, and put it in the place of `out` when all is written and flushed.
+    """Give a hidden folder beside `out` to write to, and put it in its place when all is flushed.
 
-    What fails leaves `out` as it was. So does a kill, but for an instant between two renames: then `out` is back at
-    the next call, which sweeps what is half-written too.
+    What fails leaves `out` as it was. So does a kill, but for an instant between two renames: then `out` is
+    back at the next call, which sweeps what is half-written too.
     """
     part, old = (out.with_name(f".{out.name}.{kind}") for kind in ("part", "old"))
     make_folder(out.parent)
@@ -62,13 +65,13 @@ def fsync_tree(folder: Path) -> None:
 
 
 def is_in(path: Path, folder: Path) -> bool:
-    """Return whether a path is a folder or lies in it, whatever links, mounts or letter case either is written with."""
+    """Return whether a path is a folder or lies in it, by whatever links, mounts or case they are named."""
     return folder.exists() and any(each.exists() and each.samefile(folder) for each in (path, *path.parents))
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """One process at a time trains in a folder: two would mix their rows. A killed one's lock goes with it."""
+    """Keep a folder to one process at a time: two would mix their rows. A killed one's lock goes with it."""
     with open(path / ".lock", "w") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)

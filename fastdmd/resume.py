@@ -32,8 +32,8 @@ Tensors = Mapping[str, Mapping[str, Tensor]]  # by file, by name
 def refuse_another(config: Config) -> None:
     """Raise ValueError where `run.output_dir` has a run that this one would lose, or would not go on with.
 
-    To start anew is refused over any run: nothing is deleted. To go on is refused where the run was configured
-    otherwise than this one: each key with both values.
+    To start anew is refused over any run: nothing is deleted. To go on is refused where the run was
+    configured otherwise than this one: each key with both values.
     """
     folder, resume = Path(config.run.output_dir), config.checkpoint.resume
     has_run = checkpoint.complete(folder / "checkpoints") or (folder / "metrics.jsonl").exists()
@@ -41,7 +41,8 @@ def refuse_another(config: Config) -> None:
         names = (folder.with_name(f"{folder.name}.{n}") for n in count(1))
         move = shlex.join(["mv", str(folder), str(next(path for path in names if not path.exists()))])
         raise ValueError(
-            f"checkpoint.resume = false, and {folder} has a run; name another run.output_dir, or move it away: {move}"
+            f"checkpoint.resume = false, and {folder} has a run; name another run.output_dir, or move it "
+            f"away: {move}"
         )
     found = checkpoint.find(folder / "checkpoints", resume)
     if found is None:
@@ -104,7 +105,7 @@ def save(run: Run) -> Path:
 
 
 def not_finite(tensors: Tensors) -> list[str]:
-    """Return the tensors with a number that is not finite, "file.name"; one read of the device where all are."""
+    """Return the tensors that are not finite, as "file.name"; one read of the device where all are."""
     named = {f"{file}.{name}": x for file, each in tensors.items() for name, x in each.items() if x.numel()}
     by_device: dict[torch.device, list[Tensor]] = {}
     for x in named.values():
@@ -127,7 +128,8 @@ def shortened(names: Sequence[str]) -> str:
 def restore(run: Run) -> None:
     """Go on from the checkpoint that `checkpoint.resume` names, if there is one.
 
-    Raise ValueError for one that this run's networks cannot have saved, or not whole; the run is as it was then.
+    Raise ValueError for one that this run's networks cannot have saved, or that is not whole; the run stays
+    as it was.
     """
     found = checkpoint.find(run.folder / "checkpoints", run.config.checkpoint.resume)
     if found is None:
@@ -152,7 +154,7 @@ def restore(run: Run) -> None:
 
 
 def state_faults(run: Run, tensors: Tensors) -> Iterator[str]:
-    """Yield what a checkpoint lacks or has otherwise than this run would save it: names, shapes and dtypes."""
+    """Yield the names, shapes and dtypes in which a checkpoint is not as this run would save it."""
     wanted: dict[str, Mapping[str, Tensor]] = {role: opt.masters for role, opt in run.optimizers.items()}
     if run.ema:
         wanted["ema"] = run.ema.shadow

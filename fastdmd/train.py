@@ -30,7 +30,10 @@ from fastdmd.run import Diverged, Interrupted, Run, build, follow_average, set_s
 
 
 def train(config: Config) -> Run:
-    """Run to max_steps, from the newest checkpoint if there is one; Interrupted or Diverged stop it earlier."""
+    """Run to max_steps, from the newest checkpoint if there is one.
+
+    Interrupted or Diverged stop it earlier.
+    """
     exported_scheduler(config)  # no days of training for a student that cannot be exported
     folder, last, every = Path(config.run.output_dir), config.run.max_steps, config.validation.every
     make_folder(folder)
@@ -95,7 +98,10 @@ def losses(values: Mapping[str, float]) -> str:
 
 
 def take_step(run: Run) -> dict[str, float]:
-    """One step: every phase of the method on the same micro-batches, then the EMA. -> metrics by their full names."""
+    """Take one step, and return its metrics by their full names.
+
+    It is every phase of the method on the same micro-batches, then the EMA.
+    """
     config, values = run.config.run, {}
     samples = [range(i * config.batch_size, (i + 1) * config.batch_size) for i in range(config.grad_accum)]
     batches = [run.world.batch(Rng(config.seed, run.step, "data", s, "cpu")) for s in samples]
@@ -154,7 +160,8 @@ def dump_nonfinite(run: Run, phase: str, index: int, read: Mapping[str, float], 
     tensors |= {f"x0.{i}": b.x0 for i, b in enumerate(batches) if b.x0 is not None}
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path / "batch.safetensors")
     more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-    return f"step {run.step + 1}, phase {phase}: {', '.join(bad[:3])}{more} not finite; no update made, see {path}"
+    where = f"step {run.step + 1}, phase {phase}"
+    return f"{where}: {', '.join(bad[:3])}{more} not finite; no update made, see {path}"
 
 
 @contextmanager

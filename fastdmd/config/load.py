@@ -48,7 +48,7 @@ def read_saved(path: Path) -> Config:
 
 
 def _convert(source: toml.Source) -> tuple[Config, Collection[str]]:
-    """Return the configuration, None in place of tables that are wrong, and the names of those that are right."""
+    """Return the configuration, with None for each wrong table, and the names of the right ones."""
     tables = strict.convert(Config, source.data, (), source)
     if "method" in tables:
         used = tables["method"].uses
@@ -87,11 +87,11 @@ def _each(change: Callable[[str], str], value: Any) -> Any:
 
 
 def dump(config: Config) -> str:
-    """The resolved configuration as TOML that `load` reads back to the same Config."""
+    """Return the resolved configuration as TOML that `load` reads back to the same Config."""
     return strict.dump(config)
 
 
-# What no table can see alone. A check may meet values that are out of their range, as every error is told at once.
+# What no table can see alone. A check may meet values out of their range, as all errors come at once.
 
 
 def _check_unused(config: Config) -> Problems:
@@ -142,7 +142,7 @@ def _check_weights(config: Config) -> Problems:
 
 
 def _check_family(config: Config) -> Problems:
-    """The tables of one family against the family."""
+    """Check the tables of one family against the family."""
     if config.model.family == "wan2.1":
         if config.schedule is None:
             yield (
@@ -193,7 +193,8 @@ def _check_noise(config: Config) -> Problems:
         if ours and noise != ours:
             yield (
                 key,
-                f"its scheduler/ has {noise}, and that of model.path {ours}; name an SDXL with the same noise",
+                f"its scheduler/ has {noise}, and that of model.path {ours}; "
+                "name an SDXL with the same noise",
             )
 
 
@@ -208,7 +209,7 @@ def _check_lora(config: Config) -> Problems:
 
 
 def _check_data(config: Config) -> Problems:
-    """What the data gives against what the method and the networks take."""
+    """Check what the data gives against what the method and the networks take."""
     data, path, builtin = config.data, config.model.path, config.data.kind == "shapes"
     if builtin and path and (Path(path) / "text_encoder").is_dir():
         remedy = "name files with a prompt a line, or encoded folders"

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     MethodConfig = Any
     OptimTables = Mapping[str, OptimConfig]
 else:
-    # [method] is the table of the method that it names, and [optim.ROLE] that of a role that some method trains
+    # [method] is the table of the method that it names, [optim.ROLE] that of a role that some method trains
     MethodConfig = Union[tuple(method.Config for method in METHODS.values())]  # noqa: UP007
     OptimTables = dict[Literal[TRAINABLE], OptimConfig]
 
@@ -140,7 +140,7 @@ class Config:
     logging: LogConfig = field(default_factory=LogConfig)
 
     def make_method(self) -> Method:
-        """The objective, with the tables that it uses."""
+        """Return the objective, with the tables that it uses."""
         tables = {table: getattr(self, table) for table in self.method.uses}
         return METHODS[self.method.name](self.method, self.make_schedule(), **tables)
 
@@ -167,7 +167,7 @@ class Config:
         return "model.path", self.model.path
 
     def role_options(self, role: str) -> Options:
-        """What a role's network has beside its weights."""
+        """Return what a role's network has beside its weights."""
         like = (
             "student" if role in ("target", "semantic") else role
         )  # its average, and the student of another run
@@ -181,7 +181,7 @@ class Config:
         )
 
     def role_lora(self, role: str) -> LoraConfig | None:
-        """The adapters that a role trains in place of its own weights."""
+        """Return the adapters that a role trains in place of its own weights."""
         return self.lora if role in ("student", "target") and self.student.train == "lora" else None
 
     def role_path(self, role: str) -> str | None:

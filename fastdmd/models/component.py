@@ -1,4 +1,4 @@
-"""One network of a diffusers folder, FOLDER/NAME: its config.json and safetensors weights; and the folder's index."""
+"""One network of a diffusers folder, FOLDER/NAME: its config.json and weights; and the folder's index."""
 
 import json
 import shutil
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from fastdmd.models.net import Net
 
 WEIGHTS = "diffusion_pytorch_model"
-# of every load by diffusers and transformers: no code of a folder runs, only safetensors are read, nothing is fetched
+# of every load by diffusers and transformers: no code of a folder runs, nothing but safetensors is read, and
+# nothing is fetched
 SAFE: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
 
 
@@ -38,14 +39,17 @@ def read_config(folder: Path, name: str, class_name: str, model: str) -> dict[st
 
 
 def known(raw: Mapping[str, Any], cls: Any) -> dict[str, Any]:
-    """What a config.json says of a dataclass's fields, lists as tuples."""
+    """Return what a config.json says of a dataclass's fields, lists as tuples."""
     names = {f.name for f in fields(cls)}
     return {key: tuple(x) if isinstance(x, list) else x for key, x in raw.items() if key in names}
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of a component, by the names of a network: shapes at once, values one by one as they are read."""
+    """The tensors of a component, by the names of a network.
+
+    Shapes are there at once, values one by one as they are read.
+    """
 
     path: Path
     shapes: Mapping[str, tuple[int, ...]]
@@ -75,7 +79,7 @@ class Weights:
                     yield name, tensors.get_tensor(there)
 
     def check(self, expected: Mapping[str, Tensor]) -> None:
-        """Raise ValueError where they are not those of the network that the component's config.json describes."""
+        """Raise ValueError where they are not those of the network that config.json describes."""
         wrong = [f"{name} is missing" for name in expected if name not in self.shapes]
         wrong += [f"{name} is unknown" for name in self.shapes if name not in expected]
         wrong += [
@@ -100,8 +104,8 @@ def open_weights(path: Path) -> Weights:
         files = [path / name for name in sorted(set(read_json(index)["weight_map"].values()))]
     else:
         raise ValueError(
-            f"{path.parent}: {path.name} has neither {single.name} nor {index.name}; only safetensors are read, "
-            "so save it with safe_serialization"
+            f"{path.parent}: {path.name} has neither {single.name} nor {index.name}; only safetensors are "
+            "read, so save it with safe_serialization"
         )
     shapes, places = {}, {}
     for file in files:
@@ -129,10 +133,10 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
 def read_into(
     net: Net, weights: Weights, device: torch.device, dtype: torch.dtype, trained: Container[str] = ()
 ) -> dict[str, Tensor]:
-    """Read a network's tensors one by one, each cast as it is read, and return the masters of `trained` names.
+    """Read a network's tensors one by one, each cast as it is read, and return the masters of `trained`.
 
-    Peak memory is the network in its compute dtype, the float32 masters of what is trained and rounded, and one
-    tensor. Names are those without adapters, whose layers hold theirs at `.base_layer`.
+    Peak memory is the network in its compute dtype, the float32 masters of what is trained and rounded, and
+    one tensor. Names are those without adapters, whose layers hold theirs at `.base_layer`.
     """
     names = {name.replace(".base_layer", ""): name for name, _ in net.named_parameters()}
     masters = {}
@@ -148,7 +152,7 @@ def read_into(
 
 
 def write(path: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-    """A component as diffusers' save_pretrained writes it."""
+    """Write a component as diffusers' save_pretrained does."""
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_torch_state_dict(
@@ -164,8 +168,8 @@ def write_index(
 ) -> None:
     """model_index.json with `index` and the frozen components; those that `source` has are copied from it.
 
-    A component's class is the one that the source's own index names, and `components` has it where there is none. A
-    component that is in neither is [null, null]: diffusers opens a pipeline without it.
+    A component's class is the one that the source's own index names, and `components` has it where there is
+    none. One that the folder lacks is [null, null]: a pipeline that is given None for it opens without it.
     """
     original = source / "model_index.json" if source else None
     given = json.loads(original.read_text()) if original and original.is_file() else {}

@@ -104,6 +104,18 @@ def test_networks_of_one_grid_and_device_have_tables_of_their_own(tile):
         assert one.data_ptr() != other.data_ptr()
 
 
+@pytest.mark.parametrize("tile", [None, TILE])
+def test_a_network_that_sampled_under_inference_mode_still_trains(tile):
+    """Its tables are made at the first call, and autograd saves them in a later one."""
+    net, batch = randomized(Wan(ARCHITECTURE, tile)), inputs()
+    with torch.inference_mode():
+        call = called(net, batch, 0.5) if tile else net(*batch).F
+    F = called(net, batch, 0.5) if tile else net(*batch).F
+    assert torch.equal(F, call)
+    F.square().mean().backward()
+    assert net.blocks[0].attn1.to_q.weight.grad.abs().max() > 0
+
+
 def test_networks_share_no_tables():
     """What one makes on the meta device another never meets."""
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Diffusers folders of SDXL: the UNet in and out with no key map, the noise table, and a pipeline that others open."""
+"""Diffusers folders of SDXL: the UNet in and out with no key map, the noise table, and a whole pipeline."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -69,12 +69,12 @@ def read_noise(folder: Path) -> Noise:
 
 
 def make_schedule(folder: Path | None) -> VPSchedule:
-    """The noise of a diffusers folder; without one, SDXL's own."""
+    """Return the noise of a diffusers folder; without one, SDXL's own."""
     return (Noise() if folder is None else read_noise(folder)).schedule()
 
 
 def read_config(folder: Path) -> SDXLConfig:
-    """The architecture of `folder/unet`; ValueError for what is not an SDXL."""
+    """Return the architecture of `folder/unet`; ValueError for what is not an SDXL."""
     raw = component.read_config(folder, "unet", "UNet2DConditionModel", "SDXL")
     # diffusers writes every key; what an older one left out was as it is here, but for these
     raw = {"addition_embed_type": None, "use_linear_projection": False, **raw}
@@ -123,7 +123,10 @@ def open_weights(folder: Path, net: SDXL) -> component.Weights:
 
 
 def load(folder: str | Path, time_cond_proj_dim: int | None = None) -> SDXL:
-    """Return the UNet of a diffusers folder in float32 on the CPU; with a guidance embedding of that width."""
+    """Return the UNet of a diffusers folder in float32 on the CPU.
+
+    time_cond_proj_dim: the width of a guidance embedding that it has; None: as the folder has it.
+    """
     with torch.device("meta"):
         net = SDXL(with_guidance(read_config(Path(folder)), time_cond_proj_dim))
     component.read_into(net, open_weights(Path(folder), net), torch.device("cpu"), torch.float32)
@@ -137,7 +140,10 @@ def save(folder: str | Path, config: SDXLConfig, weights: Mapping[str, Tensor]) 
 
 
 def ddim_scheduler(noise: Noise) -> Any:
-    """diffusers' solver of a many-step model: `sampler.ode` on `VPSchedule.solver_grid`, where steps divide 1,000."""
+    """Return diffusers' solver of a many-step model.
+
+    It is `sampler.ode` on `VPSchedule.solver_grid`, where steps divide 1,000.
+    """
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     return DDIMScheduler(
@@ -146,9 +152,10 @@ def ddim_scheduler(noise: Noise) -> Any:
 
 
 def lcm_scheduler(noise: Noise, times: Sequence[float], schedule: VPSchedule) -> Any:
-    """The `LCMScheduler` whose steps are `times` (descending, in (0, 1], first 1); ValueError when there is none.
+    """Return the `LCMScheduler` whose steps are `times` (descending, in (0, 1], first 1).
 
-    It takes every k-th step of an even solver from 1, so one number is free: the solver's steps, 50 for LCM's own.
+    It takes every k-th step of an even solver from 1, so one number is free: the solver's steps, 50 for
+    LCM's own. Raise ValueError when no number gives `times`.
     """
     from diffusers.schedulers.scheduling_lcm import LCMScheduler
 
@@ -163,13 +170,17 @@ def lcm_scheduler(noise: Noise, times: Sequence[float], schedule: VPSchedule) ->
         if len(times) <= steps <= most and torch.equal((scheduler := of(steps)).timesteps, wanted):
             return scheduler
     raise ValueError(
-        f"method.denoising_timesteps = {[round(1000 * t, 3) for t in times]} are not steps of diffusers' LCMScheduler; "
-        f"even ones are, e.g. {[round(1000 * (n + 1) / most, 3) for n in of(most).timesteps.tolist()]}"
+        f"method.denoising_timesteps = {[round(1000 * t, 3) for t in times]} are not steps of diffusers' "
+        f"LCMScheduler; even ones are, e.g. "
+        f"{[round(1000 * (n + 1) / most, 3) for n in of(most).timesteps.tolist()]}"
     )
 
 
 def make_scheduler(times: Sequence[float] | None, schedule: VPSchedule, source: Path | None) -> Any:
-    """diffusers' scheduler of a student that re-noises at `times`, or of many steps, for the noise of `source`."""
+    """Return diffusers' scheduler of a student that re-noises at `times`, or of many steps.
+
+    The noise is that of `source`.
+    """
     noise = read_noise(source) if source else Noise()
     return ddim_scheduler(noise) if times is None else lcm_scheduler(noise, times, schedule)
 
@@ -177,7 +188,7 @@ def make_scheduler(times: Sequence[float] | None, schedule: VPSchedule, source: 
 def export(
     folder: Path, config: SDXLConfig, weights: Mapping[str, Tensor], scheduler: Any, source: Path | None
 ) -> None:
-    """A diffusers pipeline folder; text encoders, tokenizers and VAE are copied from `source` where it has them.
+    """Write a diffusers folder; text encoders, tokenizers and VAE are copied from `source` if it has them.
 
     Empty prompts are zeros in both embeddings, as SDXL's guidance has them.
     """

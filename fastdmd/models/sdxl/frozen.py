@@ -1,4 +1,4 @@
-"""The frozen parts of an SDXL folder: two CLIP text encoders and the image VAE, from diffusers and transformers.
+"""The frozen parts of an SDXL folder, from diffusers and transformers: two text encoders and the image VAE.
 
 B batch, C channel, H W space.
 """
@@ -15,10 +15,10 @@ from fastdmd.models.component import SAFE
 
 
 class TextEncoder:
-    """Prompts -> text [n, 77, 768 + 1280], pooled [n, 1280] on the host, as SDXL was trained (2307.01952, section 2.1).
+    """Prompts -> text [n, 77, 768 + 1280], pooled [n, 1280] on the host (SDXL 2307.01952, section 2.1).
 
-    Text is both encoders' last layer but one, side by side; pooled is the second's projection. An empty prompt is zeros
-    in both, as guidance's other side is in SDXL's pipelines.
+    Text is both encoders' last layer but one, side by side; pooled is the second's projection. An empty
+    prompt is zeros in both, as the other side of guidance is in SDXL's pipelines.
     """
 
     def __init__(self, path: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -36,7 +36,7 @@ class TextEncoder:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], batch_size: int = 32) -> Cond:
-        """The encoders are on the device only while they work."""
+        """Encode prompts; the encoders are on the device only while they work."""
         self._move(self.device)
         texts, pools, progress = [], [], Progress("encoding prompts", len(prompts))
         for first in range(0, len(prompts), batch_size):

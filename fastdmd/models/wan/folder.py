@@ -1,4 +1,4 @@
-"""Diffusers folders: a Wan transformer in and out, with no key map, and a student that stock diffusers samples."""
+"""Diffusers folders of Wan: a transformer in and out with no key map, and a whole pipeline."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ COMPONENTS = {
 
 
 def read_config(folder: Path) -> WanConfig:
-    """The architecture of `folder/transformer`; ValueError for what is not a text-to-video Wan 2.1."""
+    """Return the architecture of `folder/transformer`; ValueError for no text-to-video Wan 2.1."""
     raw = component.read_config(folder, "transformer", "WanTransformer3DModel", "Wan 2.1")
     if (folder / "transformer_2").exists():
         raise ValueError(f"{folder}: has a transformer_2/, as Wan 2.2 has; name a text-to-video Wan 2.1")
@@ -42,15 +42,16 @@ def read_config(folder: Path) -> WanConfig:
     given = component.known(raw, WanConfig)
     if absent := [f.name for f in fields(WanConfig) if f.default is MISSING and f.name not in given]:
         raise ValueError(
-            f"{folder / 'transformer' / 'config.json'} has no {', '.join(absent)}; download or save the folder again"
+            f"{folder / 'transformer' / 'config.json'} has no {', '.join(absent)}; "
+            "download or save the folder again"
         )
     config = WanConfig(**given)
     if (
         config.in_channels != config.out_channels
     ):  # the rest is an image (Wan 2.2 image-to-video has no other mark)
         raise ValueError(
-            f"{folder}: transformer has in_channels = {config.in_channels} but out_channels = {config.out_channels}; "
-            "name a text-to-video Wan 2.1"
+            f"{folder}: transformer has in_channels = {config.in_channels} but "
+            f"out_channels = {config.out_channels}; name a text-to-video Wan 2.1"
         )
     return config
 
@@ -58,8 +59,8 @@ def read_config(folder: Path) -> WanConfig:
 def open_weights(folder: Path, net: Wan) -> component.Weights:
     """Return the weights of a diffusers folder by the names of a Wan.
 
-    Gates of the sparse attention are zero where the folder has none, and are read under FastVideo's names too. A
-    folder that has them was trained with them: a dense network of it is refused.
+    Gates of the sparse attention are zero where the folder has none, and are read under FastVideo's names
+    too. A folder that has them was trained with them: a dense network of it is refused.
     """
     weights = component.open_weights(folder / "transformer")
     weights = weights.renamed(lambda name: FASTVIDEO_GATE.sub(r"\1attn1.to_gate_compress.", name))
@@ -76,7 +77,7 @@ def open_weights(folder: Path, net: Wan) -> component.Weights:
 
 
 def load(folder: str | Path, tile: Grid | None = None, kind: type[Wan] = Wan) -> Wan:
-    """Return the Wan of a diffusers folder in float32 on the CPU; with a `tile`, its self-attention is sparse."""
+    """Return the Wan of a diffusers folder in float32 on the CPU; sparse if it is given a `tile`."""
     with torch.device("meta"):
         net = kind(read_config(Path(folder)), tile)
     component.read_into(net, open_weights(Path(folder), net), torch.device("cpu"), torch.float32)
@@ -91,10 +92,11 @@ def save(folder: str | Path, config: WanConfig, weights: Mapping[str, Tensor]) -
 
 
 def lcm_scheduler_config(times: Sequence[float]) -> dict[str, Any]:
-    """The `FlowMatchLCMScheduler` config whose grid is `times` (descending, in (0, 1], first 1).
+    """Return the `FlowMatchLCMScheduler` config whose grid is `times` (descending, in (0, 1], first 1).
 
-    Its step is the re-noising sampler. The grid is a straight line from 1, shifted and stretched to end at the last
-    time: two numbers, so three steps always fit and more fit only when they lie on such a curve. ValueError otherwise.
+    Its step is the re-noising sampler. The grid is a straight line from 1, shifted and stretched to end at
+    the last time: two numbers, so three steps always fit and more fit only when they lie on such a curve.
+    Raise ValueError otherwise.
     """
     from diffusers.schedulers.scheduling_flow_match_lcm import FlowMatchLCMScheduler
 
@@ -119,8 +121,9 @@ def lcm_scheduler_config(times: Sequence[float]) -> dict[str, Any]:
     error = float((grid(shift) - torch.tensor(times, dtype=torch.float64)).abs().max())
     if error > 1e-6:
         raise ValueError(
-            f"method.denoising_timesteps = {[round(1000 * t, 3) for t in times]} are not a grid of diffusers' "
-            f"FlowMatchLCMScheduler (off by {1000 * error:.3g}); three steps always are, and so are warped even lists"
+            f"method.denoising_timesteps = {[round(1000 * t, 3) for t in times]} are not a grid of "
+            f"diffusers' FlowMatchLCMScheduler (off by {1000 * error:.3g}); three steps always are, and so "
+            "are warped even lists"
         )
     return settings(shift)
 
@@ -140,7 +143,7 @@ def make_scheduler(times: Sequence[float] | None, schedule: FlowSchedule, source
 def export(
     folder: Path, config: WanConfig, weights: Mapping[str, Tensor], scheduler: Any, source: Path | None
 ) -> None:
-    """A diffusers pipeline folder; text encoder, tokenizer and VAE are copied from `source` where it has them."""
+    """Write a diffusers folder; text encoder, tokenizer and VAE are copied from `source` if it has them."""
     from diffusers import __version__
 
     save(folder, config, weights)

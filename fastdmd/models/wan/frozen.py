@@ -34,7 +34,7 @@ class TextEncoder:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], batch_size: int = 8) -> Cond:
-        """The encoder is on the device only while it works: it is larger than a 1.3B student."""
+        """Encode prompts; the encoder, larger than a 1.3B student, is on the device only meanwhile."""
         self.model.to(self.device)
         done, progress = [], Progress("encoding prompts", len(prompts))
         for first in range(0, len(prompts), batch_size):

@@ -121,7 +121,8 @@ class Wan(Net):
             tiles = None if self.tile is None else Tiles(grid, self.tile)
             if tiles is not None:
                 tiles.on(device)  # its tensors too are made here
-            known = Geometry(tiles, rope_table(grid, self.config.attention_head_dim, tiles, device))
+            with torch.inference_mode(False):  # whose tensors autograd could not save later
+                known = Geometry(tiles, rope_table(grid, self.config.attention_head_dim, tiles, device))
             self.geometries[grid, device] = known
         return known
 
