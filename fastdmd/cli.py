@@ -104,17 +104,18 @@ def sample(
     ] = None,
     out: Annotated[str | None, typer.Option(help="Folder for the videos; absent: RUN/samples/cli.")] = None,
     seed: Annotated[int, typer.Option(help="Sample i's noise depends on the seed and i only.")] = 0,
-    who: Annotated[str, typer.Option(help="student, teacher_50 or teacher_few.")] = "student",
+    who: Annotated[str, typer.Option(help="student, teacher or teacher_few.")] = "student",
 ) -> None:
     """Sample videos with a run's student; writes NN.webp and latents.safetensors."""
     with user_errors():
         from fastdmd.evaluation import evaluate
         from fastdmd.export import check_samples
-        from fastdmd.resume import config_of, restored
+        from fastdmd.resume import config_of
 
         config = config_of(run, overrides or ())
         folder = run / "samples" / "cli" if out is None else check_samples(out, config)
-        evaluate.write_samples(restored(config), who, prompt or None, folder, seed)
+        opened = evaluate.opened(config, [evaluate.named(config, who)])
+        evaluate.write_samples(opened, who, prompt or None, folder, seed)
     print(f"wrote {folder}")
 
 
@@ -124,9 +125,10 @@ def evaluate_run(run: RunFolder, overrides: Overrides = None) -> None:
     with user_errors():
         from fastdmd.evaluation import evaluate
         from fastdmd.evaluation.report import table
-        from fastdmd.resume import reopen
+        from fastdmd.resume import config_of
 
-        evaluate.finish(reopen(run, overrides or ()))
+        config = config_of(run, overrides or ())
+        evaluate.finish(evaluate.opened(config, evaluate.compared(config).values()))
     print(table(run))
 
 

@@ -197,8 +197,3 @@ def restored(config: Config, only: Collection[str] | None = None) -> Run:
     run = build(config, only)
     restore(run)
     return run
-
-
-def reopen(path: Path, overrides: Sequence[str] = ()) -> Run:
-    """Return a run from its folder, at its newest checkpoint."""
-    return restored(config_of(path, overrides))

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_export import frozen_networks
 from test_frozen_sdxl import CPU, text_config, tokenizer
-from tiny import TEXTS, make_config, write_encoded, write_toml, write_wan
+from tiny import TEXTS, make_config, reopen, write_encoded, write_toml, write_wan
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from typer.testing import CliRunner
 
@@ -297,7 +297,7 @@ def test_a_state_that_is_not_this_run_s_is_not_loaded(tmp_path, file, name, valu
     facts["files"][path.name] = __import__("hashlib").sha256(path.read_bytes()).hexdigest()
     (newest / "manifest.json").write_text(json.dumps(facts))
     with pytest.raises(ValueError, match=newest.name) as e:
-        resume.reopen(run.folder)
+        reopen(run.folder)
     assert words in str(e.value)
     assert "\n" not in str(e.value)
 

@@ -8,14 +8,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
-from tiny import LORA, TEXTS, make_config, write_toml, write_wan
+from tiny import LORA, TEXTS, make_config, reopen, write_toml, write_wan
 from typer.testing import CliRunner
 
 from fastdmd import config as configs
 from fastdmd import train
 from fastdmd.cli import app
 from fastdmd.files import locked
-from fastdmd.resume import FREE, identity, refuse_another, reopen
+from fastdmd.resume import FREE, identity, refuse_another
 
 DMD = ("dmd", "run.max_steps=2", "validation.teacher_reference=false")
 # what is given to the second start, and the line for each key

@@ -10,7 +10,7 @@ import mlp
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import DETAIL, make_config, manifest, rows, write_toml, write_wan
+from tiny import DETAIL, make_config, manifest, reopen, rows, write_toml, write_wan
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -20,7 +20,6 @@ from fastdmd.cli import app
 from fastdmd.evaluation import evaluate
 from fastdmd.log import RunLog, read_metrics
 from fastdmd.methods.method import Share, mean_metrics
-from fastdmd.resume import reopen
 from fastdmd.rng import Rng
 from fastdmd.run import Run, build
 from fastdmd.train import Diverged, Interrupted
@@ -287,10 +286,10 @@ def test_summaries_have_the_same_keys(tmp_path):
         found.append(json.loads((run.folder / "summary.json").read_text()))
     for summary in found:
         assert list(summary) == ["scores", "student_steps", "steps", "seconds", "peak_mem_gb"]
-        assert list(summary["scores"]) == ["student", "teacher_50", "teacher_few"]
+        assert list(summary["scores"]) == ["student", "teacher", "teacher_few"]
         assert all(list(scores) == ["oracle", "swd"] for scores in summary["scores"].values())
         assert summary["scores"]["student"]["swd"] > 0
-    assert [summary["scores"]["teacher_50"]["swd"] is not None for summary in found] == [False, True, False]
+    assert [summary["scores"]["teacher"]["swd"] is not None for summary in found] == [False, True, False]
 
 
 def test_a_run_is_reopened_at_its_newest_checkpoint(tmp_path):

@@ -1,7 +1,7 @@
 """Runs of milliseconds a step: a random Wan in a folder, and whole configurations on the built-in world."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from fastdmd.models.sdxl.net import SDXL, SDXLConfig
 from fastdmd.models.wan import folder
 from fastdmd.models.wan.layers import WanConfig
 from fastdmd.models.wan.net import Wan
+from fastdmd.resume import config_of, restored
+from fastdmd.run import Run
 
 ARCHITECTURE = WanConfig(
     num_attention_heads=2,
@@ -214,6 +216,11 @@ def write_toml(here: Path, method: str) -> Path:
 
 def make_config(here: Path, method: str, *overrides: str) -> Config:
     return configs.load(write_toml(here, method), overrides)
+
+
+def reopen(path: Path, overrides: Sequence[str] = ()) -> Run:
+    """Return a run from its folder, at its newest checkpoint, with every role."""
+    return restored(config_of(path, overrides))
 
 
 def rows(run: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from bench.record import REPOSITORY
 
 RESULTS = REPOSITORY / "bench" / "results"
 WHO = {
-    "teacher_50": "teacher, 50 steps",
+    "teacher": "teacher, 50 steps",
     "teacher_few": "teacher, as few",
     "start": "student, untrained",  # what its sampler alone is worth: not that of the teacher
     "student": "student",
@@ -71,7 +71,7 @@ def table(lines: list[Line]) -> str:
                 line["config"],
                 str(line["student_steps"]),
                 *(f"{scores[who]['oracle']:.3f}, {scores[who]['swd']:.4f}" for who in WHO),
-                percent(scores["student"]["oracle"], scores["teacher_50"]["oracle"]),
+                percent(scores["student"]["oracle"], scores["teacher"]["oracle"]),
                 f"{line['seconds'] / 60:.1f} min",
             )
         )
@@ -83,7 +83,7 @@ def table(lines: list[Line]) -> str:
 
 LEFT, RIGHT, TOP, ROW, KEY = 180, 700, 56, 30, 156
 STYLE = """text { font: 13px sans-serif; fill: #1c1c1a } .faint { fill: #6d6d68 } .rule { stroke: #dcdcd6 }
-.between { stroke: #eab79d; stroke-width: 3 } .teacher_50 { fill: #fff; stroke: #1c1c1a; stroke-width: 1.75 }
+.between { stroke: #eab79d; stroke-width: 3 } .teacher { fill: #fff; stroke: #1c1c1a; stroke-width: 1.75 }
 .teacher_few { fill: #9a9a94 } .start { fill: none; stroke: #c2410c; stroke-width: 1.75 }
 .student { fill: #c2410c }"""
 

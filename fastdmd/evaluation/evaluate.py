@@ -1,21 +1,22 @@
 """How good the student is: scores during the run, and at its end the comparison with the teacher."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastdmd.causal import frame_blocks, ode_blocks
+from fastdmd.config import Config
 from fastdmd.evaluation import validate
 from fastdmd.evaluation.film import comparison
 from fastdmd.evaluation.report import write_report
-from fastdmd.evaluation.validate import Sampler
 from fastdmd.files import write_atomic
 from fastdmd.hardware import peak_memory_gb
 from fastdmd.log import RunLog, finite
+from fastdmd.methods.method import Sampler
+from fastdmd.resume import restored
 from fastdmd.run import Run
 
 Scores = dict[str, float | None]
@@ -25,7 +26,7 @@ NOT_SCORED: Scores = {"oracle": None, "swd": None}
 @contextmanager
 def validation_weights(run: Run) -> Iterator[None]:
     """Give the student the weights that `validation.weights` names, and restore its own bit for bit after."""
-    if run.ema is None or run.config.validation.weights == "student":
+    if run.ema is None or run.config.validation.weights == "student":  # or the student is not built
         yield
         return
     student = run.nets["student"]
@@ -38,46 +39,37 @@ def validation_weights(run: Run) -> Iterator[None]:
             p.data.copy_(kept[name])
 
 
-def samplers(run: Run) -> dict[str, Sampler]:
-    """Return the samplers by the names of summary.json.
-
-    They are the student's, the teacher's with many steps, and the teacher's with as many as the student's.
-    """
-    config, grid = run.config.validation, run.schedule.solver_grid(run.config.validation.teacher_steps)
-    student, teacher = run.nets["student"], run.nets.get("teacher")
-    w = run.method.guidance if config.teacher_guidance is None else config.teacher_guidance
-    if run.method.times is None:
-        k = run.method.frames_per_block
-        if k is None:
-            return {"student": validate.ode_sampler(student, run.schedule, grid, w)}
-        blocks = frame_blocks(run.world.latent_shape[1], k)
-        return {"student": lambda noise, cond, uncond, rng: ode_blocks(student, noise, grid, blocks, cond)}
-    found: dict[str, Sampler] = {
-        "student": lambda noise, cond, uncond, rng: run.method.sample(run.nets, noise, cond, uncond, rng)
-    }
-    if teacher is not None:
-        found["teacher_50"] = validate.ode_sampler(teacher, run.schedule, grid, w)
-        found["teacher_few"] = validate.ode_sampler(teacher, run.schedule, few_grid(run), w)
-    return found
+def samplers(config: Config) -> dict[str, Sampler]:
+    """Return the samplers of a run by the names of summary.json."""
+    settings = config.validation
+    return config.make_method().samplers(settings.teacher_steps, settings.teacher_guidance)
 
 
-def few_grid(run: Run) -> Tensor:
-    """Return the Euler steps of a teacher with the student's budget, float64 [steps + 1]."""
-    method, schedule = run.method, run.schedule
-    if method.few_grid is not None:
-        return method.few_grid
-    steps = run.config.validation.teacher_steps if method.times is None else len(method.times)
-    return schedule.solver_grid(steps)
+def compared(config: Config) -> dict[str, Sampler]:
+    """Return the samplers that a run's end compares, the student's first."""
+    found = samplers(config)
+    return found if config.validation.teacher_reference else {"student": found["student"]}
+
+
+def named(config: Config, who: str) -> Sampler:
+    """Return a sampler by its name; ValueError for a name that this run has not."""
+    known = samplers(config)
+    if who not in known:
+        raise ValueError(f"'{who}' is not one of {', '.join(known)}, the samplers of this run")
+    return known[who]
+
+
+def opened(config: Config, wanted: Iterable[Sampler]) -> Run:
+    """Return a run at its newest checkpoint, with the networks that some samplers take and no others."""
+    return restored(config, {role for sampler in wanted for role in sampler.roles})
 
 
 def sample(run: Run, who: str, prompts: Sequence[str], seed: int) -> Tensor:
     """Return latents [n, C, T, H, W] of one sampler."""
-    config, known = run.config.validation, samplers(run)
-    if who not in known:
-        raise ValueError(f"'{who}' is not one of {', '.join(known)}, the samplers of this run")
+    sampler, size = named(run.config, who), run.config.validation.batch_size
     with validation_weights(run):
         return validate.generate(
-            known[who], run.world, prompts, config.batch_size, seed, run.device, f"sampling {who}"
+            sampler, run.nets, run.world, prompts, size, seed, run.device, f"sampling {who}"
         )
 
 
@@ -116,13 +108,13 @@ def keep_pictures(run: Run, name: str, x0: Tensor) -> None:
 
 def finish(run: Run) -> None:
     """Write summary.json, the pictures of every sampler, report.html and comparison.webp."""
-    scores = {"student": NOT_SCORED, "teacher_50": NOT_SCORED, "teacher_few": NOT_SCORED}
-    for who in samplers(run) if run.config.validation.teacher_reference else ["student"]:
+    scores = {"student": NOT_SCORED, "teacher": NOT_SCORED, "teacher_few": NOT_SCORED}
+    for who in compared(run.config):
         x0, scores[who] = validation_sample(run, who)
         keep_pictures(run, who, x0)
     summary = {
         "scores": {who: finite(each) for who, each in scores.items()},
-        "student_steps": len(few_grid(run)) - 1,  # of its sampler; of teacher_few's too
+        "student_steps": samplers(run.config)["student"].steps,  # teacher_few's too
         "steps": run.step,
         "seconds": round(run.seconds, 1),
         "peak_mem_gb": round(peak_memory_gb(run.device), 3),

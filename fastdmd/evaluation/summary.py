@@ -46,7 +46,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[Model]]:
     few = summary["student_steps"]
     models = []
     for who, style, steps in (
-        ("teacher_50", "many", many),
+        ("teacher", "many", many),
         ("teacher_few", "few", few),
         ("student", "student", few),
     ):

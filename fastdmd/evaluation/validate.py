@@ -1,6 +1,6 @@
 """Fixed prompts and seeds through a sampler: scores and moving pictures."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -10,15 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastdmd import sampler
-from fastdmd.batch import Cond
 from fastdmd.data.world import World
-from fastdmd.denoiser import Denoiser
 from fastdmd.log import Progress
+from fastdmd.methods.method import Nets, Sampler
 from fastdmd.rng import Rng
-from fastdmd.schedule import Schedule
-
-Sampler = Callable[[Tensor, Cond, Cond, Rng], Tensor]  # (noise, cond, uncond, rng) -> x0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +37,6 @@ class Config:
             yield "every", f"{self.every} is negative; 0 validates only at the end"
 
 
-def ode_sampler(denoiser: Denoiser, schedule: Schedule, grid: Tensor, guidance: float) -> Sampler:
-    """Return a sampler that takes Euler steps along a grid, under guidance."""
-    return lambda noise, cond, uncond, rng: sampler.ode(
-        sampler.guided(denoiser, uncond, guidance), schedule, noise, grid, cond
-    )
-
-
 def prompts_for(config: Config, world: World) -> list[str]:
     """Return the prompts of all validation samples."""
     return list(islice(cycle(config.prompts or world.prompts), config.samples))
@@ -56,7 +44,8 @@ def prompts_for(config: Config, world: World) -> list[str]:
 
 @torch.no_grad()
 def generate(
-    sample: Sampler,
+    sampler: Sampler,
+    nets: Nets,
     world: World,
     prompts: Sequence[str],
     batch_size: int,
@@ -73,7 +62,8 @@ def generate(
         chunk = prompts[first : first + batch_size]
         rng = Rng(seed, 0, "sample", range(first, first + len(chunk)), device)
         noise = rng.normal(world.latent_shape)
-        done.append(sample(noise, world.cond(chunk), world.cond([world.negative_prompt] * len(chunk)), rng))
+        uncond = world.cond([world.negative_prompt] * len(chunk))
+        done.append(sampler.run(nets, noise, world.cond(chunk), uncond, rng))
         progress.show(first + len(chunk))
     return torch.cat(done)
 

@@ -156,12 +156,13 @@ class DCM(Method):
         if config.expert == "semantic":  # alone: the teacher goes on from the boundary
             rest = schedule.solver_grid(config.solver_steps)[-config.boundary_index - 1 :]
             self.times, self.grid = early, torch.cat([early, rest])
-            self.few_grid = self.grid
+            self.sampled = ("student", "teacher")
         elif 1000 * late[0] > boundary:
             raise ValueError(f"method.detail_timesteps: {1000 * late[0]:.6g} is above {place}; lower it")
         else:
             self.times = torch.cat([early, late])
             self.grid = torch.cat([self.times, torch.zeros_like(late[:1])])
+            self.sampled = ("semantic", "student")
 
     def phases(self, step: int) -> tuple[str, ...]:
         return ("student", "disc") if self.config.adversarial else ("student",)
@@ -258,6 +259,10 @@ class DCM(Method):
             z, cond = torch.cat([fake, real]), batch.cond.cat(batch.cond)
             _, maps = nets["teacher"].features(z, c.model_t.repeat(2), cond, self.layers(nets))
         return gan.hinge_d(*gan.halves(gan.heads(nets)(maps)[1])), {}
+
+    def few_grid(self) -> Tensor:
+        """Return the teacher's steps: the student's, where the teacher itself makes the rest of them."""
+        return self.grid if self.config.expert == "semantic" else super().few_grid()
 
     def sample(self, nets: Nets, noise: Tensor, cond: Cond, uncond: Cond, rng: Rng) -> Tensor:
         """Return x0 by Euler steps without guidance, the semantic expert's first.

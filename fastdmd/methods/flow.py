@@ -12,9 +12,9 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdmd.batch import Batch
-from fastdmd.causal import frame_blocks
-from fastdmd.methods.method import Carry, Level, Loss, Method, Nets
+from fastdmd.batch import Batch, Cond
+from fastdmd.causal import frame_blocks, ode_blocks
+from fastdmd.methods.method import Carry, Level, Loss, Method, Nets, Sampler, ode_sampler
 from fastdmd.rng import Rng
 from fastdmd.schedule import Coeffs, Schedule, send, shift
 
@@ -48,7 +48,7 @@ class Flow(Method):
     guidance = 1.0
 
     def __init__(self, config: Config, schedule: Schedule) -> None:
-        self.config, self.schedule, self.frames_per_block = config, schedule, config.frames_per_block
+        self.config, self.schedule = config, schedule
 
     def phases(self, step: int) -> tuple[str, ...]:
         return ("student",)
@@ -83,6 +83,18 @@ class Flow(Method):
         model_t = torch.stack([c.model_t for c in (*before, level.c)], dim=1)
         F = nets["student"].raw_blocks(x_t, model_t, batch.cond, [b.stop - b.start for b in blocks])
         return (F[:, :, frames] - self.schedule.target(x0, level.eps, level.c)).square().mean()
+
+    def samplers(self, steps: int, guidance: float | None) -> dict[str, Sampler]:
+        """Return the student's sampler of `steps` Euler steps: guided, or of one block after the other."""
+        grid, per_block = self.schedule.solver_grid(steps), self.config.frames_per_block
+        w = self.guidance if guidance is None else guidance
+        if per_block is None:
+            return {"student": ode_sampler("student", self.schedule, grid, w)}
+
+        def run(nets: Nets, noise: Tensor, cond: Cond, uncond: Cond, rng: Rng) -> Tensor:
+            return ode_blocks(nets["student"], noise, grid, frame_blocks(noise.shape[2], per_block), cond)
+
+        return {"student": Sampler(("student",), run, steps)}
 
     def draw_time(self, rng: Rng) -> Tensor:
         u = rng.uniform()

@@ -1,7 +1,7 @@
 """What an objective is. It owns mathematics only: no optimizer, device, checkpoint or `requires_grad`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 from fastdmd.batch import Batch, Cond
 from fastdmd.denoiser import Denoiser
 from fastdmd.rng import Rng
-from fastdmd.schedule import Coeffs, add_noise
+from fastdmd.sampler import guided, ode
+from fastdmd.schedule import Coeffs, Schedule, add_noise
 
 # "train" and "frozen" have weights of their own, "ema" follows the student, "heads" start at random
 How = Literal["train", "frozen", "ema", "heads"]
@@ -28,6 +29,14 @@ class Share(NamedTuple):
 
 Metrics = Mapping[str, Tensor | Share]  # a Tensor [] is the mean over the micro-batch
 Loss = tuple[Tensor, Metrics]
+
+
+class Sampler(NamedTuple):
+    """A way to make samples: the roles whose networks it takes, what it does with them, and its steps."""
+
+    roles: tuple[str, ...]
+    run: Callable[[Nets, Tensor, Cond, Cond, Rng], Tensor]  # (nets, noise, cond, uncond, rng) -> x0
+    steps: int
 
 
 class MethodConfig(Protocol):
@@ -60,11 +69,11 @@ class Method(ABC):
     graph.
     """
 
+    schedule: Schedule
     times: Any  # Tensor float64 [n], the student's own times, descending; None: it has no few-step sampler
     guidance: float  # of the teacher that the student is made after; 1 is off
-    few_grid: Tensor | None = None  # float64 [steps + 1], a teacher's at the student's steps, or solver_grid
-    frames_per_block: int | None = None  # of a many-step causal model, which has no times
     renoises: bool = True  # between its times, as diffusers' LCM scheduler does; else it takes Euler steps
+    sampled: tuple[str, ...] = ("student",)  # the roles that `sample` takes
 
     @abstractmethod
     def phases(self, step: int) -> tuple[str, ...]:
@@ -90,9 +99,35 @@ class Method(ABC):
         """Return x0 [B, C, ..] by the student's few steps, when it has `times`."""
         raise NotImplementedError
 
+    def samplers(self, steps: int, guidance: float | None) -> dict[str, Sampler]:
+        """Return what a run compares at its end, by the names of summary.json.
+
+        They are the student's sampler, the teacher's of `steps` Euler steps, and the teacher's of as many as
+        the student takes. guidance: of the teacher; None: the method's own.
+        """
+        w, few = self.guidance if guidance is None else guidance, self.few_grid()
+        return {
+            "student": Sampler(self.sampled, self.sample, len(few) - 1),
+            "teacher": ode_sampler("teacher", self.schedule, self.schedule.solver_grid(steps), w),
+            "teacher_few": ode_sampler("teacher", self.schedule, few, w),
+        }
+
+    def few_grid(self) -> Tensor:
+        """Return the Euler steps of a teacher with the student's budget, float64 [steps + 1]."""
+        return self.schedule.solver_grid(len(self.times))
+
     def make_heads(self, nets: Nets) -> Any:
         """Return the module of a role with "heads", with random weights; `gan.heads` finds it again."""
         raise NotImplementedError
+
+
+def ode_sampler(role: str, schedule: Schedule, grid: Tensor, guidance: float) -> Sampler:
+    """Return the sampler of a role's network that takes Euler steps along a grid, under guidance."""
+
+    def run(nets: Nets, noise: Tensor, cond: Cond, uncond: Cond, rng: Rng) -> Tensor:
+        return ode(guided(nets[role], uncond, guidance), schedule, noise, grid, cond)
+
+    return Sampler((role,), run, len(grid) - 1)
 
 
 class Level(NamedTuple):

@@ -51,7 +51,7 @@ def test_every_configuration_of_the_proof_is_there():
 )
 def test_a_student_must_be_near_its_teacher_and_far_above_few_steps_of_it(config, few, start, student, short):
     """92 % of 0.8 is 0.736, and 85 % 0.68."""
-    scores = {"teacher_50": 0.8, "teacher_few": few, "start": start, "student": student}
+    scores = {"teacher": 0.8, "teacher_few": few, "start": start, "student": student}
     line = {"config": config, "scores": {who: {"oracle": score} for who, score in scores.items()}}
     assert (proof_report.shortfall(line) is not None) == short
 

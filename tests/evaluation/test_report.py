@@ -16,7 +16,7 @@ from fastdmd.evaluation.validate import save_webp
 
 PROMPTS = ["a red ring moving left", "<script>alert(\"x\")</script> & a 'quote'"]
 SCORES = {
-    "teacher_50": {"oracle": 0.96875, "swd": 0.0131},
+    "teacher": {"oracle": 0.96875, "swd": 0.0131},
     "teacher_few": {"oracle": 0.0104, "swd": 0.2213},
     "student": {"oracle": 0.9375, "swd": 0.0187},
 }
@@ -147,7 +147,7 @@ def test_pictures_are_the_files_in_the_order_of_the_columns(tmp_path):
     images = read_page(folder).all("img")
     files = [folder / "samples" / who / f"{i:02d}.webp" for i in range(2) for who in SCORES]
     names = {
-        "teacher_50": "teacher, 40 steps",
+        "teacher": "teacher, 40 steps",
         "teacher_few": "teacher, 3 steps",
         "student": "student, 3 steps",
     }

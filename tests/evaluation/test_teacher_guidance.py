@@ -16,7 +16,7 @@ GUIDANCE = {"dmd": 3.0, "causal_sid": 3.0, "lcm": 2.0, "sdxl_dmd": 3.0}
 def teachers(here, how: str, *overrides: str) -> dict[str, Tensor]:
     """Return samples [2, C, ..] of every sampler of a run that is the teacher's."""
     run = build(make_config(here, how, *overrides))
-    names = [name for name in evaluate.samplers(run) if name.startswith("teacher")]
+    names = [name for name in evaluate.samplers(run.config) if name.startswith("teacher")]
     assert len(names) == 2  # in many steps, and in as few as the student's
     return {name: evaluate.sample(run, name, run.world.prompts[:2], seed=0) for name in names}
 

@@ -438,7 +438,7 @@ def test_both_experts_sample_in_turn():
     assert not calls(nets, "teacher")
     assert [len(call.x_t) for role in ("semantic", "student") for call in calls(nets, role)] == [4] * 5
     assert method.times.tolist() == pytest.approx([1, 0.95, 0.9, 0.7, 0.4])
-    assert method.few_grid is None
+    assert method.sampled == ("semantic", "student")
 
 
 @torch.no_grad()
@@ -452,14 +452,14 @@ def test_alone_the_semantic_expert_hands_over_to_the_teacher_at_the_boundary():
     late = [("teacher", 4.0, a, b) for a, b in pairwise([S(j / 10) for j in range(6, -1, -1)])]
     assert close(got, euler(nets, noise, early + late))
     assert method.times.tolist() == pytest.approx([1, 0.95, 0.9])
-    assert method.few_grid is not None
-    assert method.few_grid.tolist() == pytest.approx([1, 0.95, 0.9, *(S(j / 10) for j in range(6, -1, -1))])
+    assert method.few_grid().tolist() == pytest.approx([1, 0.95, 0.9, *(S(j / 10) for j in range(6, -1, -1))])
+    assert method.sampled == ("student", "teacher")
 
 
 @pytest.mark.parametrize(("expert", "steps"), [("semantic", 3 + 35), ("detail", 3 + 2)])
 def test_the_teacher_is_compared_at_the_student_s_steps(tmp_path, expert, steps):
     run = build(make_config(tmp_path, "dcm", *(DETAIL if expert == "detail" else ())))
-    grid = evaluate.few_grid(run)
+    grid = run.method.few_grid()
     assert len(grid) == steps + 1
     assert (float(grid[0]), float(grid[-1])) == (1.0, 0.0)
     if expert == "semantic":
@@ -469,8 +469,9 @@ def test_the_teacher_is_compared_at_the_student_s_steps(tmp_path, expert, steps)
     shape = run.world.latent_shape
     rng, cond = Rng(0, 0, "sample", range(2), "cpu"), run.world.cond(run.world.prompts[:2])
     with torch.no_grad():
-        for sampler in evaluate.samplers(run).values():
-            assert sampler(rng.normal(shape), cond, cond, rng).isfinite().all()
+        for name, sampler in evaluate.samplers(run.config).items():
+            assert sampler.steps == (2 if name == "teacher" else steps)
+            assert sampler.run(run.nets, rng.normal(shape), cond, cond, rng).isfinite().all()
 
 
 @pytest.mark.parametrize(

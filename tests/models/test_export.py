@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
-from tiny import DMD
+from tiny import DMD, reopen
 from torch import nn
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
@@ -24,7 +24,6 @@ from fastdmd.export import export_student
 from fastdmd.models.wan import folder
 from fastdmd.models.wan.layers import WanConfig
 from fastdmd.models.wan.net import Wan
-from fastdmd.resume import reopen
 from fastdmd.rng import Rng
 from fastdmd.run import Run
 from fastdmd.train import train

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import ARCHITECTURE, make_config, write_wan
+from tiny import ARCHITECTURE, make_config, reopen, write_wan
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastdmd import train
@@ -12,7 +12,6 @@ from fastdmd.models import attention
 from fastdmd.models.net import Call
 from fastdmd.models.wan import folder
 from fastdmd.models.wan.net import VSAConfig, Wan
-from fastdmd.resume import reopen
 from fastdmd.run import build
 from fastdmd_kernels import vsa_reference
 
