@@ -135,7 +135,7 @@ def from_scratch(config: Config, role: Role, place: Place) -> tuple[Net, dict[st
 def prepare(config: Config, net: Net, place: Place) -> None:
     """Checkpoint the blocks, of frozen networks too: SiD's pass gradient on; and make what calls share."""
     net.recompute_blocks(config.memory.checkpointing == "full")
-    shape = (config.run.batch_size, *config.data.latent_shape())
+    shape = (config.run.batch_size, *config.latent_shape())
     net.prepare(shape, place.device, place.dtype)
 
 
@@ -152,5 +152,5 @@ def read_architecture(config: Config, role: Role) -> Any:
     """Return the architecture of a role's network."""
     if role.path is not None:
         return config.family.read_config(Path(role.path))
-    assert config.model.scratch is not None  # the configuration was checked
-    return config.model.scratch[1]
+    assert config.model.architecture is not None  # the configuration was checked
+    return config.model.architecture

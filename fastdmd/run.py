@@ -60,7 +60,9 @@ def build(config: Config, only: Collection[str] | None = None) -> Run:
         if name in TRAINABLE
     }
     ema = EMA(optimizers["student"].masters, config.ema) if config.ema and "student" in built else None
-    world = make_world(config.data, config.family, config.model.path, place.device, place.dtype)
+    world = make_world(
+        config.data, config.family, config.model.path, config.latent_shape(), place.device, place.dtype
+    )
     run = Run(config, place.device, world, method, schedule, nets, optimizers, ema)
     set_sparsity(run)
     return run

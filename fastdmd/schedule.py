@@ -5,10 +5,20 @@ Times are float64 [B] on the host and so is all arithmetic on them. A network an
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    flow_shift: float
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.flow_shift <= 0:
+            yield "flow_shift", f"{self.flow_shift} is not positive; Wan 2.1 uses 3 or 5, and 1 is off"
 
 
 class Coeffs(NamedTuple):

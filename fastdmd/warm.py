@@ -13,6 +13,7 @@ from torch import Tensor
 from fastdmd.batch import Batch, Cond
 from fastdmd.config import Config
 from fastdmd.denoiser import Denoiser
+from fastdmd.latents import Resolution
 from fastdmd.methods import Method
 from fastdmd.models.family import Family
 from fastdmd.rng import Rng
@@ -49,10 +50,11 @@ def step_on_meta(config: Config, sparsity: float, depth: int | None = None) -> d
     nets = nets_on_meta(config, method, depth)
     for role, denoiser in nets.items():
         if config.role_options(role).tile:
-            denoiser.keep(sparsity, config.data.latent_shape())
-    B, shape, net = config.run.batch_size, config.data.latent_shape(), nets["student"].net
+            denoiser.keep(sparsity, config.latent_shape())
+    B, shape, net = config.run.batch_size, config.latent_shape(), nets["student"].net
     with torch.device("meta"):
-        cond, x0 = config.data.with_size(empty_cond(B, config.family, net.config)), torch.empty(B, *shape)
+        cond = empty_cond(B, config.family, net.config, config.data.resolution)
+        x0 = torch.empty(B, *shape)
     batch, carry = Batch(cond, cond, shape, x0), {}
     for index, phase in enumerate(dict.fromkeys(method.phases(0))):
         for role, denoiser in nets.items():
@@ -63,10 +65,14 @@ def step_on_meta(config: Config, sparsity: float, depth: int | None = None) -> d
     return nets
 
 
-def empty_cond(B: int, family: Family, architecture: Any) -> Cond:
-    """Return embeddings of B prompts for a network of that architecture, on torch's current device."""
-    pooled = torch.empty(B, architecture.pooled_dim) if "pooled_dim" in family.told else None
-    return Cond(torch.empty(B, TEXT_TOKENS, architecture.text_dim), pooled)
+def empty_cond(B: int, family: Family[Any, Any], architecture: Any, resolution: Resolution) -> Cond:
+    """Return what B samples are conditioned on, for a network of that architecture.
+
+    It is on torch's current device.
+    """
+    pooled = torch.empty(B, architecture.pooled_dim) if "pooled_dim" in family.conditioning else None
+    cond = Cond(torch.empty(B, TEXT_TOKENS, architecture.text_dim), pooled)
+    return family.sized(cond, resolution)
 
 
 def sparsities(config: Config) -> set[float]:

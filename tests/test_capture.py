@@ -166,9 +166,9 @@ def test_a_phase_reads_nothing_and_makes_no_constant(tmp_path, case):
     """Run on the meta device from the draws to the end of the backward; coefficients come by one copy."""
     config = make_config(tmp_path, *CASES[case])
     method, nets = config.make_method(), nets_on_meta(config, config.make_method())
-    shape = config.data.latent_shape()
+    shape = config.latent_shape()
     with torch.device("meta"):
-        cond = config.data.with_size(empty_cond(B, config.family, nets["student"].net.config))
+        cond = empty_cond(B, config.family, nets["student"].net.config, config.data.resolution)
         if config.method.guidance_embedding:
             cond = Cond(cond.text, cond.pooled, cond.time_ids)
         x0 = torch.empty(B, *shape)

@@ -1,6 +1,7 @@
 """Who may import whom, and what may stand nowhere. Every rule is also shown a page that breaks it."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -9,6 +10,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+
+from fastdmd.methods import METHODS
+from fastdmd.models.families import FAMILIES
 
 REPOSITORY = Path(__file__).parent.parent
 KERNELS = REPOSITORY / "kernels"
@@ -64,6 +68,21 @@ def methods_are_mathematics(module, text):
 def models_know_no_method(module, text):
     if under(module, "fastdmd.models"):
         yield from (name for name in imported(module, text) if under(name, "fastdmd.methods"))
+
+
+OWNED = "|".join(
+    # wan2.1 is called Wan, and flow is a word of its own but for the method's name in quotes
+    [re.sub(r"[\d.]+$", r"[\\d.]*", name) for name in FAMILIES] + [name for name in METHODS if name != "flow"]
+)
+
+
+def families_and_methods_are_named_by_their_owners(module, text):
+    """Let the loop and the configuration ask what a family or a method can do, never which one it is."""
+    if under(module, "fastdmd.config", "fastdmd.train"):
+        yield from (match.group() for match in re.finditer(rf"(?i)\b({OWNED})\b|(['\"])flow\2", text))
+        owners = {method.__module__ for method in METHODS.values()}
+        owners |= {type(family).__module__.rpartition(".")[0] for family in FAMILIES.values()}
+        yield from (name for name in imported(module, text) if under(name, *owners))
 
 
 def libraries_of_models_stay_there(module, text):
@@ -142,6 +161,15 @@ RULES = {
         ("fastdmd.methods.dmd", "from ..models.wan.net import Wan"),
         ("fastdmd.methods.__init__", "from torch import distributed"),
         ("fastdmd.methods.__init__", "from .. import train"),
+    ],
+    families_and_methods_are_named_by_their_owners: [
+        ("fastdmd.config.schema", 'family: Literal["wan2.1", "x"]'),
+        ("fastdmd.config.checks", "# SDXL has no frames"),
+        ("fastdmd.config.checks", "'name encoded folders, or use dmd'"),
+        ("fastdmd.config.checks", "is_flow = config.method.name == 'flow'"),
+        ("fastdmd.config.checks", "from fastdmd.methods import flow"),
+        ("fastdmd.config.schema", "from fastdmd.models.wan.layers import Block"),
+        ("fastdmd.train", "is_dcm = isinstance(run.method, DCM)"),
     ],
     models_know_no_method: [("fastdmd.models.wan.net", "from fastdmd.methods.dmd import DMD")],
     libraries_of_models_stay_there: [

@@ -29,7 +29,7 @@ from fastdmd.data.encoded import read_folders, read_sample
 from fastdmd.evaluation import evaluate
 from fastdmd.export import check_out, check_samples, export_student, opening
 from fastdmd.models import component
-from fastdmd.models.family import FAMILIES
+from fastdmd.models.families import FAMILIES
 from fastdmd.run import Diverged
 
 QUICK = ("run.max_steps=2", "validation.teacher_reference=false")

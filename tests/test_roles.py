@@ -219,7 +219,7 @@ def test_checkpointing_recomputes_and_changes_nothing(tmp_path, how):
 
 def test_sdxl_has_noise_in_its_folder_and_no_frames(tmp_path):
     path = write_toml(tmp_path, "sdxl_dmd")
-    with pytest.raises(configs.ConfigError, match=r"rollout\.grad_frames: SDXL makes images"):
+    with pytest.raises(configs.ConfigError, match=r"rollout\.grad_frames: the model makes images"):
         configs.load(path, ["rollout.grad_frames=1"])
     assert configs.load(path).make_schedule().flow_shift == 1
     other = shutil.copytree(tmp_path / "sdxl", tmp_path / "other")

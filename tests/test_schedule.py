@@ -53,7 +53,7 @@ def test_noising_and_x0_from_the_target(kind):
     torch.testing.assert_close(a * x_t + b * F, x0, rtol=1e-12, atol=1e-12)
 
 
-def test_what_networks_are_told():
+def test_what_networks_are_conditioned_on():
     assert SCHEDULES["flow"].model_t(T).tolist() == [1000.0, 700.0, 250.0, 20.0]
     indices = torch.arange(1000, dtype=torch.float64)
     assert torch.equal(SCHEDULES["eps"].model_t((indices + 1) / 1000), indices)

@@ -113,7 +113,7 @@ def picture(lines: list[Line]) -> str:
         parts.append(f'<text text-anchor="end" x="{LEFT - 14}" y="{y + 4.5}">{name}</text>')
         parts.append(f'<path class="between" d="M{x(scores["start"])} {y}H{x(scores["student"])}"/>')
         for who, score in scores.items():
-            told = f"<title>{WHO[who]}: {score:.1%}</title>"
-            parts.append(f'<circle class="{who}" cx="{x(score):.1f}" cy="{y}" r="5.5">{told}</circle>')
+            title = f"<title>{WHO[who]}: {score:.1%}</title>"
+            parts.append(f'<circle class="{who}" cx="{x(score):.1f}" cy="{y}" r="5.5">{title}</circle>')
     size = f'width="{RIGHT + 50}" height="{bottom + 30}"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{"".join(parts)}</svg>\n'

@@ -1,42 +1,44 @@
 """The configuration of a run: one complete TOML, a frozen dataclass for each table, each where it is used."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union
 
 from fastdmd.checkpoint import Config as CheckpointConfig
+from fastdmd.data import shapes
 from fastdmd.data.table import Config as DataConfig
 from fastdmd.device import present
 from fastdmd.evaluation.validate import Config as ValidationConfig
+from fastdmd.latents import LatentSpec
 from fastdmd.log import Config as LogConfig
 from fastdmd.methods import METHODS, Method
-from fastdmd.methods.flow import Flow
 from fastdmd.methods.method import TRAINABLE
 from fastdmd.methods.score_distillation import CriticConfig
-from fastdmd.models.family import FAMILIES, Family, Options
+from fastdmd.models.attention import VSAConfig
+from fastdmd.models.families import FAMILIES
+from fastdmd.models.family import Family, Options, Problems
 from fastdmd.models.lora import LoraConfig
-from fastdmd.models.sdxl import folder as sdxl_folder
-from fastdmd.models.sdxl.net import SDXLConfig
-from fastdmd.models.wan.layers import WanConfig
-from fastdmd.models.wan.net import VSAConfig
 from fastdmd.optim import Config as OptimConfig
 from fastdmd.optim import EMAConfig
 from fastdmd.precision import Config as PrecisionConfig
 from fastdmd.rollout import Config as RolloutConfig
-from fastdmd.schedule import FlowSchedule, Schedule
+from fastdmd.schedule import Config as ScheduleConfig
+from fastdmd.schedule import Schedule
 
 if TYPE_CHECKING:
+    from fastdmd.models.family import ModelConfig
+
     MethodConfig = Any
     OptimTables = Mapping[str, OptimConfig]
 else:
-    # [method] is the table of the method that it names, [optim.ROLE] that of a role that some method trains
+    # [model] and [method] are tables of what they name, [optim.ROLE] that of a role that some method trains
+    ModelConfig = Union[tuple(family.Config for family in FAMILIES.values())]  # noqa: UP007
     MethodConfig = Union[tuple(method.Config for method in METHODS.values())]  # noqa: UP007
     OptimTables = dict[Literal[TRAINABLE], OptimConfig]
 
 
 OPTIONAL_TABLES = {"critic": CriticConfig, "rollout": RolloutConfig}
-Problems = Iterator[tuple[str, str]]  # (key, what is wrong with it and what to do)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,37 +65,6 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
-    """Self-attention of each role."""
-
-    student: Literal["dense", "vsa"] = "dense"
-    teacher: Literal["dense", "vsa"] = "dense"
-    critic: Literal["dense", "vsa"] = "dense"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    family: Literal["wan2.1", "sdxl"]
-    path: str | None = None  # a diffusers folder with transformer/, SDXL's with unet/
-    architecture: WanConfig | None = None  # in place of a path: random weights, method flow
-    unet: SDXLConfig | None = None  # the same for SDXL
-    attention: AttentionConfig = field(default_factory=AttentionConfig)
-
-    @property
-    def scratch(self) -> tuple[str, Any] | None:
-        """The key and the architecture of random weights, if any."""
-        key = "architecture" if self.family == "wan2.1" else "unet"
-        return None if getattr(self, key) is None else (f"model.{key}", getattr(self, key))
-
-    def problems(self) -> Problems:
-        other, meant = ("unet", "architecture") if self.family == "wan2.1" else ("architecture", "unet")
-        if getattr(self, other) is not None:
-            yield other, f"family '{self.family}' does not use it; write model.{meant}, or change the family"
-        if self.path and getattr(self, meant) is not None:
-            yield meant, "model.path has an architecture already; keep one of the two"
-
-
-@dataclass(frozen=True, kw_only=True)
 class StudentConfig:
     train: Literal["full", "lora"] = "full"
     path: str | None = None  # weights to start from; absent: model.path
@@ -102,15 +73,6 @@ class StudentConfig:
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
     path: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
-    flow_shift: float
-
-    def problems(self) -> Problems:
-        if self.flow_shift <= 0:
-            yield "flow_shift", f"{self.flow_shift} is not positive; Wan 2.1 uses 3 or 5, and 1 is off"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +86,7 @@ class Config:
     model: ModelConfig
     method: MethodConfig
     data: DataConfig
-    schedule: ScheduleConfig | None = None  # of flow models; SDXL's noise is in its folder
+    schedule: ScheduleConfig | None = None  # of flow models; the noise of others is in their folders
     optim: OptimTables = field(default_factory=dict)
     student: StudentConfig = field(default_factory=StudentConfig)
     lora: LoraConfig | None = None
@@ -145,13 +107,26 @@ class Config:
         return METHODS[self.method.name](self.method, self.make_schedule(), **tables)
 
     @property
-    def family(self) -> Family:
+    def family(self) -> Family[Any, Any]:
         return FAMILIES[self.model.family]
 
     def make_schedule(self) -> Schedule:
-        if self.schedule is not None:
-            return FlowSchedule(self.schedule.flow_shift)
-        return sdxl_folder.make_schedule(Path(self.model.path) if self.model.path else None)
+        flow_shift = None if self.schedule is None else self.schedule.flow_shift
+        return self.family.make_schedule(flow_shift, Path(self.model.path) if self.model.path else None)
+
+    @property
+    def latents(self) -> LatentSpec:
+        """Return how latents follow from [data]: by the family's VAE, or as the built-in world has them."""
+        own = self.family.latents
+        return shapes.latents(own.temporal is not None) if self.data.kind == "shapes" else own
+
+    def latent_shape(self) -> tuple[int, ...]:
+        """Return (C, T, H, W), or (C, H, W) for images."""
+        return self.latents.shape(self.data.frames, self.data.resolution)
+
+    def latent_frames(self) -> int:
+        """Return the number of latent frames (1 for images)."""
+        return self.latents.frames(self.data.frames)
 
     def role_source(self, role: str) -> tuple[str, str | None]:
         """Return the key that a role's weights come from, and the diffusers folder that it names.
@@ -173,7 +148,7 @@ class Config:
         )  # its average, and the student of another run
         sparse = self.vsa is not None and vars(self.model.attention).get(like) == "vsa"
         rolls = self.rollout is not None and self.rollout.mode == "causal"
-        rolls = rolls or (isinstance(self.method, Flow.Config) and self.method.frames_per_block is not None)
+        rolls = rolls or self.method.frames_per_block is not None
         return Options(
             tile=self.vsa.tile if self.vsa and sparse else None,
             causal=rolls and like == "student",

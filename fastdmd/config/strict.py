@@ -83,8 +83,10 @@ def _add(hint: Any, key: Key) -> str:
     tables = [a for a in _alternatives(hint) if is_dataclass(a)]
     if not tables:
         return f"write {key[-1]} = <{_describe(_alternatives(hint))}>"
-    names = f" with name = {' or '.join(repr(n) for n in _names(tables))}" if len(tables) > 1 else ""
-    return f"add the table [{dotted(key)}]{names}"
+    if len(tables) == 1:
+        return f"add the table [{dotted(key)}]"
+    field, known = _names(tables)
+    return f"add the table [{dotted(key)}] with {field} = {' or '.join(map(repr, known))}"
 
 
 def _alternatives(hint: Any) -> list[Any]:
@@ -128,22 +130,29 @@ def _tables(hint: Any, value: Any, key: Key, source: Source) -> Any:
     return MISSING if strange else tables
 
 
-def _names(tables: list[Any]) -> dict[str, Any]:
-    """Return dataclasses by their field `name: Literal[..]`."""
-    return {get_args(get_type_hints(t)["name"])[0]: t for t in tables}
+def _names(tables: list[Any]) -> tuple[str, dict[str, Any]]:
+    """Return the field, each a Literal of one value, that says which dataclass a table is, and they by it."""
+    hints = [get_type_hints(table) for table in tables]
+    field = next(name for name in hints[0] if all(len(_only(each.get(name))) == 1 for each in hints))
+    return field, {_only(each[field])[0]: table for each, table in zip(hints, tables, strict=True)}
+
+
+def _only(hint: Any) -> tuple[Any, ...]:
+    """Return the values of a Literal; () of anything else."""
+    return get_args(hint) if get_origin(hint) is Literal else ()
 
 
 def _named(tables: list[Any], value: Any, key: Key, source: Source) -> Any:
     """Return the dataclass that the table names."""
-    names = _names(tables)
+    field, names = _names(tables)
     if not isinstance(value, Mapping):
         source.error(key, f"{show(value)} is a value; {_add(Union[tuple(tables)], key)}")  # noqa: UP007
-    elif "name" not in value:
-        source.error((*key, "name"), f"missing; write name = {' or '.join(map(repr, names))}")
-    elif value["name"] in list(names):
-        return names[value["name"]]
+    elif field not in value:
+        source.error((*key, field), f"missing; write {field} = {' or '.join(map(repr, names))}")
+    elif value[field] in list(names):
+        return names[value[field]]
     else:
-        source.error((*key, "name"), one_of(value["name"], list(names)))
+        source.error((*key, field), one_of(value[field], list(names)))
     return None
 
 

@@ -14,5 +14,5 @@ def read_prompts(sources: Sequence[str]) -> list[str]:
             raise ValueError(f"{source!r} is not UTF-8 at byte {e.start}; save the file as UTF-8") from None
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise ValueError(f"{list(sources)} hold no prompt; write a prompt a line")
+        raise ValueError(f"{list(sources)} hold no prompt; write one prompt per line")
     return prompts

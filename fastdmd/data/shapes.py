@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastdmd.batch import Cond
+from fastdmd.latents import LatentSpec
 from fastdmd.schedule import Coeffs, per_sample
 
 SPECKLE = 0.4
@@ -43,6 +44,19 @@ KINDS = list(product(SHAPES, COLOURS, MOTIONS))
 STILL = list(product(SHAPES, COLOURS, ["nowhere"]))  # the kinds of images
 CAPTIONS = [f"a {colour} {shape} moving {motion}" for shape, colour, motion in KINDS]
 IMAGE_CAPTIONS = [f"a {colour} {shape}" for shape, colour, _ in STILL]
+
+
+def latents(video: bool) -> LatentSpec:
+    """Return the sizes of the world's latents, which are its pixels: of videos, or of images."""
+    return LatentSpec(
+        channels=3,
+        spatial=1,
+        temporal=1 if video else None,
+        multiple=BLOCK,
+        least=4 * BLOCK,
+        usual_frames=4 if video else None,
+        usual_resolution=(12, 12),
+    )
 
 
 def kinds(T: int) -> list[tuple[str, str, str]]:

@@ -6,7 +6,7 @@ nothing else. B batch, C channel, T frames, H W space.
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -44,10 +44,14 @@ class World(Protocol):
 class ShapesWorld:
     """The built-in world: captions, places and speckle are drawn; the latent is the video itself."""
 
-    def __init__(self, config: Config, device: torch.device) -> None:
-        self.config, self.device, self.negative_prompt = config, device, config.negative_prompt
-        self.latent_shape = config.latent_shape()
-        self.captions = shapes.captions(config.latent_frames())
+    def __init__(
+        self, config: Config, family: Family[Any, Any], latent_shape: tuple[int, ...], device: torch.device
+    ) -> None:
+        self.config, self.family, self.device = config, family, device
+        self.latent_shape, self.negative_prompt = latent_shape, config.negative_prompt
+        # T H W, T = 1 for images
+        self.size = latent_shape[1:] if len(latent_shape) == 4 else (1, *latent_shape[1:])
+        self.captions = shapes.captions(self.size[0])
         n = len(self.captions)
         # all of them, in strides: the first few, which are shown, differ in every word
         self.prompts: Sequence[str] = [self.captions[13 * i % n] for i in range(n)]
@@ -57,8 +61,13 @@ class ShapesWorld:
         return self._condition(shapes.embed(list(prompts)).to(self.device))
 
     def _condition(self, text: Tensor) -> Cond:
-        """Return the condition of text embeddings [B, S, D]."""
-        return Cond(text)
+        """Return the condition of text embeddings [B, S, D].
+
+        Pooled text is the sum of a caption's word vectors, so that "" has zeros in both embeddings, as SDXL's
+        uncond has.
+        """
+        pooled = text.sum(1) if "pooled_dim" in self.family.conditioning else None
+        return self.family.sized(Cond(text, pooled), self.config.resolution)
 
     def batch(self, rng: Rng) -> Batch:
         caption = rng.integers(len(self.captions))
@@ -70,7 +79,7 @@ class ShapesWorld:
         return Batch(cond, other, self.latent_shape, x0.to(self.device))
 
     def _render(self, caption: Tensor, rng: Rng) -> Tensor:
-        T, (H, W) = self.config.latent_frames(), self.config.resolution
+        T, H, W = self.size
         place = shapes.BLOCK * torch.stack([rng.integers(n // shapes.BLOCK) for n in (H, W)], dim=1)
         return shapes.render(caption, place, rng.integers(2, (T, H, W))).view(-1, *self.latent_shape)
 
@@ -89,15 +98,13 @@ class ShapesWorld:
         return {"oracle": float(right.double().mean()), "swd": swd}
 
 
-class ImageShapesWorld(ShapesWorld):
-    """The built-in world as images [C, H, W], with all that SDXL is conditioned on.
+class Model(NamedTuple):
+    """The frozen parts of a diffusers folder, and where they compute."""
 
-    Pooled text is the sum of a caption's word vectors, so that "" has zeros in both embeddings, as SDXL's
-    uncond has.
-    """
-
-    def _condition(self, text: Tensor) -> Cond:
-        return self.config.with_size(Cond(text, text.sum(1)))
+    family: Family[Any, Any]
+    path: str
+    device: torch.device
+    dtype: torch.dtype
 
 
 class ModelWorld:
@@ -106,26 +113,24 @@ class ModelWorld:
     def __init__(
         self,
         config: Config,
-        family: Family,
-        path: str,
-        device: torch.device,
-        dtype: torch.dtype,
+        model: Model,
+        latent_shape: tuple[int, ...],
         prompts: Sequence[str],
     ) -> None:
-        self.config, self.family, self.path, self.device, self.dtype = config, family, path, device, dtype
+        self.config, self.model, self.device = config, model, model.device
         self.prompts: Sequence[str] = prompts
-        self.latent_shape, self.negative_prompt = config.latent_shape(), config.negative_prompt
-        self.encoder = family.encoder(path, device, dtype)
+        self.latent_shape, self.negative_prompt = latent_shape, config.negative_prompt
+        self.encoder = model.family.encoder(model.path, model.device, model.dtype)
 
     def cond(self, prompts: Sequence[str]) -> Cond:
-        return self.told(self.encoder(list(prompts)))
+        return self.conditioned(self.encoder(list(prompts)))
 
-    def told(self, cond: Cond) -> Cond:
-        """Return the condition of embeddings, on the device."""
-        return self.config.with_size(cond).to(self.device)
+    def conditioned(self, cond: Cond) -> Cond:
+        """Return the condition of embeddings on the device, with all that the family adds."""
+        return self.model.family.sized(cond, self.config.resolution).to(self.device)
 
     def pixels(self, x0: Tensor) -> Tensor:
-        return self.family.decode(self.path, x0, self.device, self.dtype)
+        return self.model.family.decode(self.model.path, x0, self.device, self.model.dtype)
 
     def scores(self, x0: Tensor, prompts: Sequence[str], seed: int) -> dict[str, float | None]:
         return {"oracle": None, "swd": None}
@@ -134,10 +139,8 @@ class ModelWorld:
 class PromptWorld(ModelWorld):
     """Prompts from files, all encoded at the start; data-free."""
 
-    def __init__(
-        self, config: Config, family: Family, path: str, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        super().__init__(config, family, path, device, dtype, read_prompts(config.sources))
+    def __init__(self, config: Config, model: Model, latent_shape: tuple[int, ...]) -> None:
+        super().__init__(config, model, latent_shape, read_prompts(config.sources))
         self.encoded = self.encoder([*self.prompts, config.negative_prompt])  # n + 1, on the host
 
     def batch(self, rng: Rng) -> Batch:
@@ -145,20 +148,16 @@ class PromptWorld(ModelWorld):
         dropped = rng.uniform() < self.config.caption_dropout
         uncond = torch.full_like(index, len(self.prompts))
         rows = torch.where(dropped, uncond, index), uncond
-        cond, other = (self.told(self.encoded.rows(row)) for row in rows)
+        cond, other = (self.conditioned(self.encoded.rows(row)) for row in rows)
         return Batch(cond, other, self.latent_shape)
 
 
 class EncodedWorld(ModelWorld):
     """Batches with latents. What is shown is encoded and decoded by the model's own text encoder and VAE."""
 
-    def __init__(
-        self, config: Config, family: Family, path: str, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        folders = read_folders(config.sources, config.latent_shape())
-        super().__init__(
-            config, family, path, device, dtype, [p for folder in folders for p in folder.prompts]
-        )
+    def __init__(self, config: Config, model: Model, latent_shape: tuple[int, ...]) -> None:
+        folders = read_folders(config.sources, latent_shape)
+        super().__init__(config, model, latent_shape, [p for folder in folders for p in folder.prompts])
         self.shards = [shard for folder in folders for shard in folder.shards]
         self.samples = sum(n for _, n in self.shards)
         self.keys, self.uncond = list(folders[0].shapes), folders[0].uncond()
@@ -172,7 +171,9 @@ class EncodedWorld(ModelWorld):
             self.uncond if drop else Cond(**tensors) for tensors, drop in zip(read, dropped, strict=True)
         ]
         uncond = self.uncond.rows(torch.zeros_like(index))
-        return Batch(self.told(reduce(Cond.cat, conds)), self.told(uncond), self.latent_shape, x0)
+        return Batch(
+            self.conditioned(reduce(Cond.cat, conds)), self.conditioned(uncond), self.latent_shape, x0
+        )
 
     def sample(self, index: int) -> dict[str, Tensor]:
         """Read one of all folders' samples: x0, text and, for SDXL, pooled, [1, ..] on the host."""
@@ -184,13 +185,19 @@ class EncodedWorld(ModelWorld):
 
 
 def make_world(
-    config: Config, family: Family, path: str | None, device: torch.device, dtype: torch.dtype
+    config: Config,
+    family: Family[Any, Any],
+    path: str | None,
+    latent_shape: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> World:
     """Return the world of the table [data].
 
     path: the diffusers folder with text encoder and VAE; the built-in world needs none.
     """
     if config.kind == "shapes":
-        return ImageShapesWorld(config, device) if config.frames is None else ShapesWorld(config, device)
+        return ShapesWorld(config, family, latent_shape, device)
     assert path is not None  # the configuration was checked
-    return (EncodedWorld if config.kind == "encoded" else PromptWorld)(config, family, path, device, dtype)
+    world = EncodedWorld if config.kind == "encoded" else PromptWorld
+    return world(config, Model(family, path, device, dtype), latent_shape)

@@ -29,8 +29,10 @@ DETAIL_ONLY = ("detail_timesteps", "adversarial_weight", "hinge_weight", "featur
 @dataclass(frozen=True, kw_only=True)
 class Config:
     uses: ClassVar = ()
-    needs_latents: ClassVar = True
+    needs_latents: ClassVar = "method 'dcm'"
     guidance_embedding: ClassVar = False
+    frames_per_block: ClassVar = None
+    flow_only: ClassVar = True
 
     name: Literal["dcm"]
     expert: Literal["semantic", "detail"]  # detail: the student starts from the semantic one

@@ -33,8 +33,8 @@ class Config(ScoreConfig):
         return {**super().roles, **heads}
 
     @property
-    def needs_latents(self) -> bool:
-        return self.gan_weight > 0
+    def needs_latents(self) -> str | None:
+        return "method.gan_weight > 0" if self.gan_weight > 0 else None
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from super().problems()

@@ -22,8 +22,9 @@ from fastdmd.schedule import Coeffs, Schedule, send, shift
 @dataclass(frozen=True, kw_only=True)
 class Config:
     uses: ClassVar = ()
-    needs_latents: ClassVar = True
+    needs_latents: ClassVar = "method 'flow'"
     guidance_embedding: ClassVar = False
+    flow_only: ClassVar = False
     roles: ClassVar = {"student": "train"}
 
     name: Literal["flow"]

@@ -33,7 +33,9 @@ SIGMA_DATA = 0.5
 @dataclass(frozen=True, kw_only=True)
 class Config:
     uses: ClassVar = ()
-    needs_latents: ClassVar = True
+    needs_latents: ClassVar = "method 'lcm'"
+    frames_per_block: ClassVar = None
+    flow_only: ClassVar = False
 
     name: Literal["lcm"]
     denoising_timesteps: tuple[float, ...]  # the student's steps, 1000 t; index n of SDXL is n + 1

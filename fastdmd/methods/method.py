@@ -56,8 +56,18 @@ class MethodConfig(Protocol):
     def roles(self) -> Mapping[str, How]: ...
 
     @property
-    def needs_latents(self) -> bool:
-        """Return whether it trains on clean latents, `batch.x0`."""
+    def needs_latents(self) -> str | None:
+        """Return which of its settings trains on clean latents, `batch.x0`; None: none does."""
+        ...
+
+    @property
+    def frames_per_block(self) -> int | None:
+        """Return the latent frames of a block, where the student is causal without a rollout."""
+        ...
+
+    @property
+    def flow_only(self) -> bool:
+        """Return whether the mathematics is that of flow models."""
         ...
 
 

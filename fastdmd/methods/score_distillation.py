@@ -47,6 +47,8 @@ class ScoreConfig:
 
     uses: ClassVar = ("critic", "rollout")
     guidance_embedding: ClassVar = False
+    frames_per_block: ClassVar = None
+    flow_only: ClassVar = False
 
     denoising_timesteps: tuple[float, ...]  # the student's steps, model timesteps in (0, 1000], descending
     guidance: float  # teacher, uncond + w (cond - uncond); published real_guidance_scale g is w = g + 1
@@ -62,8 +64,8 @@ class ScoreConfig:
         return {"student": "train", "teacher": "frozen", "critic": "train"}
 
     @property
-    def needs_latents(self) -> bool:
-        return False
+    def needs_latents(self) -> str | None:
+        return None
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from timestep_problems(self.denoising_timesteps)

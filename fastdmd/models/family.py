@@ -1,27 +1,24 @@
-"""The network families, by `model.family`: what the trainer asks of each, in one form."""
+"""What the trainer asks of a family of networks, in one form; models/families.py has them by name."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastdmd.batch import Cond
+from fastdmd.latents import LatentSpec, Resolution
 from fastdmd.models.component import Weights
-from fastdmd.models.net import Net
-from fastdmd.models.sdxl import folder as sdxl_folder
-from fastdmd.models.sdxl import frozen as frozen_sdxl
-from fastdmd.models.sdxl.net import SDXL
-from fastdmd.models.wan import folder as wan_folder
-from fastdmd.models.wan import frozen
-from fastdmd.models.wan.causal import CausalWan
-from fastdmd.models.wan.net import Wan
+from fastdmd.models.net import Architecture, Net
+from fastdmd.schedule import Schedule
 from fastdmd_kernels.tiles import Grid
 
-GUIDANCE_EMBEDDING = 256  # width; LCM's
 Encoder = Callable[[Sequence[str]], Cond]  # on the host
+Problems = Iterator[tuple[str, str]]  # (key, what is wrong with it and what to do)
+SelfAttention = Literal["dense", "vsa"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,65 +31,95 @@ class Options:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Family:
-    component: str  # the network's folder in a diffusers folder
-    frozen: tuple[str, ...]  # the folders that prompts need beside it
-    encoder: Callable[[str, torch.device, torch.dtype], Encoder]  # of a folder's prompts
-    # latents to uint8 [B, T, H, W, 3] on the host
-    decode: Callable[[str, Tensor, torch.device, torch.dtype], Tensor]
-    told: tuple[str, ...]  # of an architecture, the widths of prompts' embeddings: of Cond.text, Cond.pooled
-    latent_axes: tuple[str, ...]  # of latents [B, C, ..], by the data's keys
-    read_config: Callable[[Path], Any]
-    make: Callable[[Any, Options], Net]  # random weights, on torch's current device
-    open_weights: Callable[[Path, Any], Weights]  # of a folder, by the names of a network
-    # (a re-noising student's times or None, schedule, folder of the frozen parts) -> diffusers' scheduler;
-    # ValueError where there is none
-    make_scheduler: Callable[[Sequence[float] | None, Any, Path | None], Any]
-    # (out, architecture, weights, scheduler, folder of the frozen parts)
-    export: Callable[[Path, Any, Mapping[str, Tensor], Any, Path | None], None]
-    lora_prefix: str  # of names in a file of adapters
+class AttentionConfig:
+    """Self-attention of each role."""
+
+    student: SelfAttention = "dense"
+    teacher: SelfAttention = "dense"
+    critic: SelfAttention = "dense"
 
 
-def _make_wan(config: Any, options: Options) -> Wan:
-    return (CausalWan if options.causal else Wan)(config, options.tile)
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The table [model]; a family's own says what `family` and `architecture` are."""
+
+    family: str
+    path: str | None = None  # a diffusers folder
+    architecture: Architecture | None = None  # in place of a path: random weights
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+
+    def problems(self) -> Problems:
+        if self.path and self.architecture is not None:
+            yield "architecture", "model.path has an architecture already; keep one of the two"
 
 
-def _guidance_width(config: Any, options: Options) -> int | None:
-    """Return the width of the guidance embedding; None where there is none."""
-    return (config.time_cond_proj_dim or GUIDANCE_EMBEDDING) if options.guidance_embedding else None
+A = TypeVar("A", bound=Architecture)
+N = TypeVar("N", bound=Net)
 
 
-def _make_sdxl(config: Any, options: Options) -> SDXL:
-    return SDXL(sdxl_folder.with_guidance(config, _guidance_width(config, options)))
+class Family(ABC, Generic[A, N]):
+    """A family: its folder of models/ in one form, and what it can and cannot do."""
 
+    Config: ClassVar[type[ModelConfig]]  # the table [model]
+    component: ClassVar[str]  # the network's folder in a diffusers folder
+    frozen: ClassVar[tuple[str, ...]]  # the folders that prompts need beside it
+    latents: ClassVar[LatentSpec]
+    # of an architecture, the widths of prompts' embeddings: text_dim of Cond.text, pooled_dim of Cond.pooled
+    conditioning: ClassVar[tuple[str, ...]]
+    is_flow: ClassVar[bool]  # whether it predicts velocities, at times that [schedule] shifts
+    lora_prefix: ClassVar[str]  # of names in a file of adapters
 
-FAMILIES: Mapping[str, Family] = {
-    "wan2.1": Family(
-        component="transformer",
-        frozen=("text_encoder", "tokenizer", "vae"),
-        encoder=frozen.TextEncoder,
-        decode=frozen.decode,
-        told=("text_dim",),
-        latent_axes=("frames", "resolution", "resolution"),
-        read_config=wan_folder.read_config,
-        make=_make_wan,
-        open_weights=wan_folder.open_weights,
-        make_scheduler=wan_folder.make_scheduler,
-        export=wan_folder.export,
-        lora_prefix="transformer.",
-    ),
-    "sdxl": Family(
-        component="unet",
-        frozen=("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae"),
-        encoder=frozen_sdxl.TextEncoder,
-        decode=frozen_sdxl.decode,
-        told=("text_dim", "pooled_dim"),
-        latent_axes=("resolution", "resolution"),
-        read_config=sdxl_folder.read_config,
-        make=_make_sdxl,
-        open_weights=sdxl_folder.open_weights,
-        make_scheduler=sdxl_folder.make_scheduler,
-        export=sdxl_folder.export,
-        lora_prefix="",  # the names have "unet." already
-    ),
-}
+    @abstractmethod
+    def read_config(self, folder: Path) -> A:
+        """Return the architecture of a diffusers folder.
+
+        Raise ValueError for another network than the family's.
+        """
+
+    @abstractmethod
+    def make(self, architecture: A, options: Options) -> N:
+        """Return a network with random weights, on torch's current device."""
+
+    @abstractmethod
+    def open_weights(self, folder: Path, net: N) -> Weights:
+        """Return the weights of a diffusers folder, by the names of a network."""
+
+    @abstractmethod
+    def make_schedule(self, flow_shift: float | None, folder: Path | None) -> Schedule:
+        """Return the noise schedule, of [schedule] or of a diffusers folder."""
+
+    @abstractmethod
+    def encoder(self, path: str, device: torch.device, dtype: torch.dtype) -> Encoder:
+        """Return the encoder of prompts of a diffusers folder."""
+
+    @abstractmethod
+    def decode(self, path: str, x0: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return latents as uint8 [B, T, H, W, 3] on the host."""
+
+    @abstractmethod
+    def make_scheduler(self, times: Sequence[float] | None, schedule: Any, source: Path | None) -> Any:
+        """Return diffusers' scheduler of a student that re-noises at `times`; of many steps without times.
+
+        Raise ValueError where there is none. source: the folder of the frozen parts.
+        """
+
+    @abstractmethod
+    def export(
+        self, out: Path, architecture: A, weights: Mapping[str, Tensor], scheduler: Any, source: Path | None
+    ) -> None:
+        """Write a diffusers folder, with the frozen parts of `source` if it has them."""
+
+    def sized(self, cond: Cond, resolution: Resolution) -> Cond:
+        """Return a condition with the sizes that the network is conditioned on, if any."""
+        return cond
+
+    def refuses(self, options: Options) -> Problems:
+        """Yield the options that it has no network for, with the reason and the remedy."""
+        yield from ()
+
+    def folder_problems(self, folders: Mapping[str, Path]) -> Problems:
+        """Yield what is wrong with the folders of a run beside each other.
+
+        folders: by their keys, "model.path" first; each has the network's component.
+        """
+        yield from ()

@@ -19,7 +19,8 @@ from tiny import write_encoded
 from fastdmd import config as configs
 from fastdmd.config import Config
 from fastdmd.methods.method import TRAINABLE
-from fastdmd.models.family import FAMILIES, GUIDANCE_EMBEDDING
+from fastdmd.models.families import FAMILIES
+from fastdmd.models.sdxl.family import GUIDANCE_EMBEDDING
 from fastdmd.models.sdxl.folder import Noise
 from fastdmd.models.sdxl.net import SDXLConfig
 from fastdmd.models.wan.layers import WanConfig

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -19,21 +19,26 @@ from fastdmd.data.encoded import read_folders, read_sample
 from fastdmd.data.table import Config
 from fastdmd.data.world import EncodedWorld, make_world
 from fastdmd.models import component
-from fastdmd.models.family import FAMILIES
+from fastdmd.models.family import Family
+from fastdmd.models.sdxl.family import SDXLFamily
 from fastdmd.models.wan import folder as wan_folder
+from fastdmd.models.wan.family import WanFamily
 from fastdmd.rng import Rng
 from fastdmd.run import build
 from fastdmd.train import take_step
 
-CPU = torch.device("cpu")
+CPU, WAN = torch.device("cpu"), WanFamily.latents
 VIDEO, IMAGE = (16, 2, 4, 6), (4, 4, 6)
-FAMILY = replace(  # an encoder of prompts' lengths, in place of a folder's
-    FAMILIES["wan2.1"],
-    encoder=lambda path, device, dtype: (
-        lambda prompts: Cond(torch.tensor([len(p) for p in prompts]).view(-1, 1, 1))
-    ),
-    decode=lambda path, x0, device, dtype: (path, len(x0)),
-)
+
+
+class Lengths(WanFamily):
+    """Wan with an encoder of prompts' lengths in place of a folder's, and a VAE that returns its inputs."""
+
+    def encoder(self, path, device, dtype):
+        return lambda prompts: Cond(torch.tensor([len(p) for p in prompts]).view(-1, 1, 1))
+
+    def decode(self, path, x0, device, dtype) -> Any:
+        return path, len(x0)
 
 
 def numbered(
@@ -54,11 +59,20 @@ def videos(tmp_path):
     return (str(tmp_path / "a"), str(tmp_path / "b"))
 
 
-def world(sources: tuple[str, ...], **keys) -> EncodedWorld:
-    frames = keys.pop("frames", 5)
+class Images(SDXLFamily):
+    """SDXL with no text encoder."""
+
+    def encoder(self, path, device, dtype):
+        return lambda prompts: Cond(torch.zeros(len(prompts), 1, 1))
+
+
+def world(sources: tuple[str, ...], family: Family[Any, Any] | None = None, **keys) -> EncodedWorld:
+    """Return the world of folders for videos of 5 frames, or for images."""
+    family = family or Lengths()
+    frames = None if family.latents.temporal is None else 5
     config = Config(sources=sources, frames=frames, resolution=(32, 48), **keys)
-    assert list(config.problems()) == []
-    made = make_world(config, FAMILY, "wan", CPU, torch.float32)
+    assert list(config.problems()) == list(config.size_problems(family.latents)) == []
+    made = make_world(config, family, "wan", family.latents.shape(frames, (32, 48)), CPU, torch.float32)
     assert isinstance(made, EncodedWorld)
     return made
 
@@ -105,7 +119,7 @@ def test_a_dropped_caption_is_the_empty_prompt_and_keeps_its_latents(videos):
 def test_images_have_pooled_text_and_sizes_and_zeros_on_the_other_side(tmp_path):
     tensors = numbered(3, 1, IMAGE) | {"pooled": torch.arange(1.0, 4)[:, None].expand(-1, 4)}
     write_encoded(tmp_path / "a", tensors, None)
-    made = world((str(tmp_path / "a"),), frames=None, caption_dropout=0.5)
+    made = world((str(tmp_path / "a"),), Images(), caption_dropout=0.5)
     batch = made.batch(Rng(0, 0, "data", range(64), "cpu"))
     text, pooled, size = batch.cond.text[:, 0, 0], batch.cond.pooled, batch.cond.time_ids
     assert pooled is not None
@@ -219,11 +233,11 @@ FAULTS = {  # what is done to a folder, and what is reported
 def test_a_folder_that_is_not_as_it_says_is_refused(videos, fault, message):
     config = Config(sources=videos, frames=5, resolution=(32, 48))
     path = read_folders(videos, VIDEO)[0].folder
-    assert list(config.problems()) == []
+    assert list(config.problems()) == list(config.size_problems(WAN)) == []
     fault(path)
     with pytest.raises(ValueError, match=message):
         read_folders(videos, VIDEO)
-    [(key, message)] = config.problems()
+    [(key, message)] = config.size_problems(WAN)
     assert key == "sources"
     assert "\n" not in message
 

@@ -16,8 +16,8 @@ from fastdmd.batch import Cond
 from fastdmd.data import shapes
 from fastdmd.data.shapes import COLOURS, IMAGE_CAPTIONS, SHAPES, SPECKLE
 from fastdmd.data.table import Config
-from fastdmd.data.world import ImageShapesWorld, ShapesWorld, make_world
-from fastdmd.models.family import FAMILIES
+from fastdmd.data.world import ShapesWorld, make_world
+from fastdmd.models.families import FAMILIES
 from fastdmd.models.sdxl.folder import Noise
 from fastdmd.rng import Rng
 from fastdmd.sampler import ode
@@ -28,9 +28,11 @@ CPU = torch.device("cpu")
 CONFIG = Config(sources=("shapes",), resolution=SIZE)
 
 
-def images(**values: Any) -> ImageShapesWorld:
-    world = make_world(replace(CONFIG, **values), FAMILIES["sdxl"], None, CPU, torch.float32)
-    assert isinstance(world, ImageShapesWorld)
+def images(**values: Any) -> ShapesWorld:
+    config = replace(CONFIG, **values)
+    shape = shapes.latents(False).shape(None, config.resolution)
+    world = make_world(config, FAMILIES["sdxl"], None, shape, CPU, torch.float32)
+    assert isinstance(world, ShapesWorld)
     return world
 
 
@@ -69,13 +71,12 @@ def share_right(image: Tensor, caption: Tensor) -> float:
 # --------------------------------------------------------------------------------- the world
 
 
-def test_without_frames_the_world_is_images():
+def test_a_family_of_images_has_them_and_what_it_is_conditioned_on():
     assert WORLD.latent_shape == (3, H, W)
-    videos = make_world(
-        Config(sources=("shapes",), resolution=SIZE, frames=4), FAMILIES["wan2.1"], None, CPU, torch.float32
-    )
-    assert type(videos) is ShapesWorld
-    assert videos.latent_shape == (3, 4, H, W)
+    shape = shapes.latents(True).shape(4, SIZE)
+    config = Config(sources=("shapes",), resolution=SIZE, frames=4)
+    videos = make_world(config, FAMILIES["wan2.1"], None, shape, CPU, torch.float32)
+    assert videos.latent_shape == shape == (3, 4, H, W)
     assert videos.cond(videos.prompts[:1]).pooled is None
 
 
@@ -159,22 +160,20 @@ def test_pixels_and_scores():
 
 
 @pytest.mark.parametrize(
-    ("values", "key", "message"),
+    ("values", "video", "key", "message"),
     [
-        ({"frames": 1}, "frames", "or remove the key for images"),
-        ({"resolution": (12, 13)}, "resolution", "multiples of 2 from 8 on"),
+        ({"frames": 1}, True, "frames", "1 is a picture"),
+        ({"frames": 4}, False, "frames", "makes images; remove the key"),
+        ({}, True, "frames", "makes videos: write frames = 4"),
+        ({"resolution": (12, 13)}, False, "resolution", "multiples of 2 from 8 on; e.g. [12, 12]"),
     ],
 )
-def test_data_that_is_none(values, key, message):
-    assert list(CONFIG.problems()) == []
+def test_data_that_is_none(values, video, key, message):
+    assert list(CONFIG.problems()) == list(CONFIG.size_problems(shapes.latents(False))) == []
     config = Config(**{"sources": ("shapes",), "resolution": (16, 16), **values})
-    [(found, text)] = config.problems()
+    [(found, text)] = [*config.problems(), *config.size_problems(shapes.latents(video))]
     assert found == key
     assert message in text
-
-
-def test_latents_of_the_sdxl_vae():
-    assert Config(sources=("prompts.txt",), resolution=(1024, 768)).latent_shape() == (4, 128, 96)
 
 
 # -------------------------------------------------------------------------------- the oracle

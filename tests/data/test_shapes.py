@@ -17,13 +17,19 @@ from fastdmd.data import shapes
 from fastdmd.data.shapes import CAPTIONS, COLOURS, KINDS, MOTIONS, SHAPES, SPECKLE
 from fastdmd.data.table import Config
 from fastdmd.data.world import ShapesWorld
+from fastdmd.models.families import FAMILIES
 from fastdmd.rng import Rng
 from fastdmd.sampler import ode
 from fastdmd.schedule import FlowSchedule, add_noise, coeffs
 
 DEMO = tomllib.loads((Path(__file__).parents[2] / "configs/tiny_dmd.toml").read_text("utf-8"))
 _, T, H, W = SHAPE = (3, DEMO["data"]["frames"], *DEMO["data"]["resolution"])
-WORLD = ShapesWorld(Config(sources=("shapes",), frames=T, resolution=(H, W)), torch.device("cpu"))
+WORLD = ShapesWorld(
+    Config(sources=("shapes",), frames=T, resolution=(H, W)),
+    FAMILIES["wan2.1"],
+    (3, T, H, W),
+    torch.device("cpu"),
+)
 FLOW = FlowSchedule(DEMO["schedule"]["flow_shift"])
 
 

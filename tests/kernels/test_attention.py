@@ -156,7 +156,7 @@ def test_what_fails_or_is_wrong_is_reported_and_not_chosen(candidates):
     assert str(choice).startswith("d; d 9000.00 ms; no a: needs a newer GPU; no b: wrong out")
 
 
-def test_when_all_fail_the_reasons_are_told(candidates):
+def test_when_all_fail_the_reasons_are_given(candidates):
     candidates(a=(failing, 1.0), b=(wrong, 1.0))
     with pytest.raises(
         RuntimeError, match=r"no attention for torch.float32, head dim 16 .*newer GPU.*wrong out"

@@ -36,13 +36,14 @@ from torch import Tensor
 from fastdmd import config as configs
 from fastdmd import train
 from fastdmd.batch import Batch, Cond
-from fastdmd.config.schema import ModelConfig, StudentConfig, TeacherConfig
+from fastdmd.config.schema import StudentConfig, TeacherConfig
 from fastdmd.denoiser import Denoiser
 from fastdmd.evaluation import evaluate
 from fastdmd.export import exported_scheduler
 from fastdmd.methods import dcm
 from fastdmd.methods.consistency import errors, huber
 from fastdmd.methods.dcm import DCM, Config
+from fastdmd.models.family import ModelConfig
 from fastdmd.models.net import PLAIN, Call, Out
 from fastdmd.rng import Rng
 from fastdmd.run import build

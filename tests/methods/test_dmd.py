@@ -30,10 +30,11 @@ from torch import Tensor
 
 from fastdmd import config as configs
 from fastdmd import rollout as rollouts
-from fastdmd.config.schema import ModelConfig, StudentConfig, TeacherConfig
+from fastdmd.config.schema import StudentConfig, TeacherConfig
 from fastdmd.denoiser import Denoiser
 from fastdmd.methods.dmd import DMD, Config
 from fastdmd.methods.score_distillation import CriticConfig
+from fastdmd.models.family import ModelConfig
 from fastdmd.schedule import FlowSchedule, VPSchedule
 
 

@@ -10,7 +10,7 @@ from test_sdxl import TINY, randomized
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from fastdmd import config as configs
-from fastdmd.models.family import FAMILIES
+from fastdmd.models.families import FAMILIES
 from fastdmd.models.sdxl import frozen as frozen_sdxl
 from fastdmd.models.sdxl.folder import Noise
 from fastdmd.rng import Rng

@@ -18,9 +18,10 @@ from test_sdxl import GUIDED, TINY, inputs, randomized, stock
 
 from fastdmd.batch import Cond
 from fastdmd.data.table import Config
-from fastdmd.data.world import ImageShapesWorld
+from fastdmd.data.world import ShapesWorld
 from fastdmd.denoiser import Denoiser
 from fastdmd.models.sdxl import folder as sdxl_folder
+from fastdmd.models.sdxl.family import SDXLFamily
 from fastdmd.models.sdxl.folder import Noise
 from fastdmd.models.sdxl.net import SDXL
 from fastdmd.rng import Rng
@@ -274,7 +275,7 @@ def test_scheduler_takes_the_students_steps(timesteps, solver_steps, tmp_path):
     assert {key: scheduler.config[key] for key in asdict(Noise())} == asdict(Noise())
 
 
-def test_scheduler_rounds_as_the_network_is_told():
+def test_scheduler_rounds_as_the_network_is_conditioned():
     """750.5 is index 750, and not 749: the half goes to the even one."""
     assert VPSchedule([0.5] * 1000, "eps").model_t(torch.tensor([0.7505])).item() == 750
     with pytest.raises(ValueError, match=r"750\.5"):
@@ -326,7 +327,8 @@ def test_the_shipped_teacher_opens_in_diffusers():
 
 
 def test_the_shipped_teacher_needs_its_many_steps():
-    world = ImageShapesWorld(Config(sources=("shapes",), resolution=(12, 12)), torch.device("cpu"))
+    config = Config(sources=("shapes",), resolution=(12, 12))
+    world = ShapesWorld(config, SDXLFamily(), (3, 12, 12), torch.device("cpu"))
     schedule, prompts = sdxl_folder.read_noise(TEACHER).schedule(), [*world.prompts] * 4
     teacher, cond = Denoiser(sdxl_folder.load(TEACHER), schedule), world.cond(prompts)
     noise = Rng(7, 0, "sample", range(len(prompts)), "cpu").normal(world.latent_shape)

@@ -9,9 +9,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastdmd import train
 from fastdmd.batch import Cond
 from fastdmd.models import attention
+from fastdmd.models.attention import VSAConfig
 from fastdmd.models.net import Call
 from fastdmd.models.wan import folder
-from fastdmd.models.wan.net import VSAConfig, Wan
+from fastdmd.models.wan.net import Wan
 from fastdmd.run import build
 from fastdmd_kernels import vsa_reference
 

@@ -41,11 +41,11 @@ class TextEncoder:
         texts, pools, progress = [], [], Progress("encoding prompts", len(prompts))
         for first in range(0, len(prompts), batch_size):
             chunk = list(prompts[first : first + batch_size])
-            told = torch.tensor([bool(prompt.strip()) for prompt in chunk], device=self.device)
+            written = torch.tensor([bool(prompt.strip()) for prompt in chunk], device=self.device)
             outs = [self._encode(tokenizer, model, chunk) for tokenizer, model in self.parts]
             text = torch.cat([out.hidden_states[-2] for out in outs], dim=-1)
-            texts.append((text * told[:, None, None]).cpu())
-            pools.append((outs[1].text_embeds * told[:, None]).cpu())
+            texts.append((text * written[:, None, None]).cpu())
+            pools.append((outs[1].text_embeds * written[:, None]).cpu())
             progress.show(first + len(chunk))
         self._move("cpu")
         return Cond(torch.cat(texts), torch.cat(pools))

@@ -9,8 +9,7 @@ in the same one.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Self
 
 import torch
@@ -24,33 +23,7 @@ from fastdmd.models.net import PLAIN, Call, Net, Out
 from fastdmd.models.wan.layers import DENSE, Block, ConditionEmbedder, WanConfig, layer_norm, rope_table
 from fastdmd_kernels import topk_for
 from fastdmd_kernels.attention import prepare
-from fastdmd_kernels.tiles import N_VALID_BITS, Grid, Tiles
-
-
-@dataclass(frozen=True, kw_only=True)
-class VSAConfig:
-    """[vsa]: video sparse attention (2505.13389) for the roles that `model.attention` gives it."""
-
-    sparsity: float  # share of key tiles that a query tile leaves out; DMD on Wan 1.3B uses 0.8, on 14B 0.9
-    warmup_every: int = 0  # steps between rises of the sparsity from 0 on; 0: it is there from the first step
-    warmup_step: float = 0.03  # each rise
-    tile: Grid = (4, 4, 4)  # tokens, t h w
-
-    def sparsity_at(self, step: int) -> float:
-        """Return the sparsity of step `step` (0-based)."""
-        rises = step // self.warmup_every if self.warmup_every else math.inf
-        return min(self.sparsity, self.warmup_step * rises)
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        if not 0 <= self.sparsity < 1:
-            yield "sparsity", f"{self.sparsity} leaves [0, 1); 0 keeps every tile"
-        if self.warmup_every < 0:
-            yield "warmup_every", f"{self.warmup_every} is negative; 0 is no warm-up"
-        if self.warmup_step <= 0:
-            yield "warmup_step", f"{self.warmup_step} is not positive; VSA uses 0.03"
-        most = (1 << N_VALID_BITS) - 1
-        if min(self.tile) < 1 or math.prod(self.tile) > most:
-            yield "tile", f"{list(self.tile)} does not hold 1 to {most} tokens; VSA uses [4, 4, 4]"
+from fastdmd_kernels.tiles import Grid, Tiles
 
 
 class Geometry(NamedTuple):
