@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdmd.rng import Rng
+from fastdmd.rng import Rng, seed_of
 
 DRAWS: dict[str, Callable[[Rng], Tensor]] = {
     "normal": lambda rng: rng.normal((3, 50)),
@@ -80,3 +80,14 @@ def test_integers_are_uniform():
     counts = make(samples=range(50)).integers(4, (40,)).unique(return_counts=True)
     assert counts[0].tolist() == [0, 1, 2, 3]
     assert ((counts[1] - 500).abs() < 4 * (2000 * 3 / 16) ** 0.5).all()
+
+
+def test_seeds_have_the_bits_that_a_device_s_generator_keeps():
+    """A CPU's Mersenne Twister is seeded with 32 bits, a GPU's Philox has a key of 64."""
+    addresses = [(0, step, "student0", sample, "noise") for step in range(64) for sample in range(8)]
+    cpu, cuda = ([seed_of(device, *address) for address in addresses] for device in ("cpu", "cuda"))
+    assert [seed % 2**32 for seed in cuda] == cpu
+    assert 2**63 < max(cuda) < 2**64
+    assert len(set(cpu)) == len(set(cuda)) == len(addresses)
+    draws = [torch.rand(4, generator=torch.Generator().manual_seed(seed)) for seed in (cpu[0], cuda[0])]
+    assert torch.equal(*draws)  # the CPU would drop the other 32
