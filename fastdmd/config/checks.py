@@ -126,15 +126,16 @@ def _check_lora(config: Config) -> Problems:
 
 def _check_data(config: Config) -> Problems:
     """Check what the data gives against what the method and the networks take."""
-    data, path, builtin = config.data, config.model.path, config.data.kind == "shapes"
+    data = config.data
+    path = config.model.path
+    builtin = config.data.kind == "shapes"
     if builtin and path and (Path(path) / "text_encoder").is_dir():
         remedy = "name files with one prompt per line, or encoded folders"
         yield "data.sources", f"'shapes' has no text for the text_encoder/ of {path!r}; {remedy}"
         return
-    causes = [config.method.needs_latents]
-    if config.rollout and config.rollout.mode == "data":
-        causes.append("rollout.mode = 'data'")
-    cause = next(filter(None, causes), None)
+    cause: str | None = config.method.needs_latents
+    if cause is None and config.rollout and config.rollout.mode == "data":
+        cause = "rollout.mode = 'data'"
     if data.kind == "prompts" and cause and all(Path(source).is_file() for source in data.sources):
         yield "data.sources", f"prompt files have no latents, which {cause} needs; name encoded folders"
         return
@@ -150,7 +151,8 @@ def _check_data(config: Config) -> Problems:
             "model.path",
             f"{path!r} has no {', '.join(absent)}, which prompts need; name a whole diffusers folder",
         )
-    (C, *latent), what = config.latent_shape(), "'shapes'" if builtin else "the VAE"
+    C, *latent = config.latent_shape()
+    what = "'shapes'" if builtin else "the VAE"
     needed = {"in_channels": (C, what), "out_channels": (C, what)}
     widths, conditioning = _text_widths(config), config.family.conditioning
     if widths and tuple(widths) != conditioning:

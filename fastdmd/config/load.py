@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fastdmd.config import strict, toml
 from fastdmd.config.checks import CHECKS
@@ -52,7 +52,7 @@ def _convert(source: toml.Source) -> tuple[Config, Collection[str]]:
 def _absolute(config: Config) -> Config:
     changed: dict[str, Any] = {}
     for table, name in (key.split(".") for key in PATHS):
-        values = changed.get(table) or getattr(config, table)
+        values: Any = changed.get(table) or getattr(config, table)
         if values is not None:
             changed[table] = replace(values, **{name: _each(_from_here, getattr(values, name))})
     return replace(config, **changed)
@@ -64,7 +64,7 @@ def paths_of(config: Config) -> Iterator[tuple[str, str]]:
         table, name = key.split(".")
         settings = getattr(config, table)
         value = None if settings is None else getattr(settings, name)
-        values = value if isinstance(value, tuple) else (value,)
+        values: tuple[Any, ...] = cast("tuple[Any, ...]", value) if isinstance(value, tuple) else (value,)
         yield from ((key, each) for each in values if isinstance(each, str) and each not in WORDS)
 
 
@@ -75,7 +75,8 @@ def _from_here(path: str) -> str:
 def _each(change: Callable[[str], str], value: Any) -> Any:
     """Change a path, or each of a list of paths; what is neither stays as it is."""
     if isinstance(value, list | tuple):
-        return type(value)(_each(change, each) for each in value)
+        paths = [_each(change, path) for path in cast("Sequence[Any]", value)]
+        return paths if isinstance(value, list) else tuple(paths)
     return change(value) if isinstance(value, str) and value not in WORDS else value
 
 

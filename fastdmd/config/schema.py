@@ -87,7 +87,7 @@ class Config:
     method: MethodConfig
     data: DataConfig
     schedule: ScheduleConfig | None = None  # of flow models; the noise of others is in their folders
-    optim: OptimTables = field(default_factory=dict)
+    optim: OptimTables = field(default_factory=dict[str, OptimConfig])
     student: StudentConfig = field(default_factory=StudentConfig)
     lora: LoraConfig | None = None
     teacher: TeacherConfig | None = None

@@ -11,7 +11,19 @@ import tomllib
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    Literal,
+    Protocol,
+    TypeGuard,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+    runtime_checkable,
+)
 
 from fastdmd.config.toml import Key, Source, dotted, show, to_toml
 
@@ -24,17 +36,26 @@ def closest(name: str, known: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
 
 
+@runtime_checkable
+class Checked(Protocol):
+    def problems(self) -> Iterator[tuple[str, str]]: ...
+
+
+def is_table(value: Any) -> TypeGuard[Mapping[str, Any]]:
+    return isinstance(value, Mapping)
+
+
 def build(cls: type[T], table: Any, key: Key, source: Source) -> T | None:
     """Make a dataclass from a table; None when a field cannot be made. `source` holds what is wrong."""
-    if not isinstance(table, Mapping):
+    if not is_table(table):
         source.error(key, f"{show(table)} is a value; write it as a table [{dotted(key)}]")
         return None
     values = convert(cls, table, key, source)
     if len(values) < len(fields(cls)):  # type: ignore[arg-type]
         return None
     built = cls(**values)
-    if hasattr(built, "problems"):
-        for name, message in built.problems():  # type: ignore[attr-defined]
+    if isinstance(built, Checked):
+        for name, message in built.problems():
             source.error((*key, *name.split(".")), message)
     return built
 
@@ -45,12 +66,12 @@ def convert(cls: type, table: Mapping[str, Any], key: Key, source: Source) -> di
     Those that are wrong are left out; `source` holds why.
     """
     hints, known = get_type_hints(cls), {f.name: f for f in fields(cls)}
-    meant = {}  # by misspelled keys
+    meant: dict[str | None, Any] = {}  # by misspelled keys
     for name in table:
         if name not in known:
             source.error((*key, name), unknown(name, known))
             meant[closest(name, known)] = table[name]
-    values = {}
+    values: dict[str, Any] = {}
     for name, f in known.items():
         default = f.default if f.default_factory is MISSING else f.default_factory()
         value = default
@@ -90,8 +111,8 @@ def _add(hint: Any, key: Key) -> str:
 
 
 def _alternatives(hint: Any) -> list[Any]:
-    found = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    return [a for a in found if a is not types.NoneType]
+    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return [a for a in members if a is not types.NoneType]
 
 
 def _convert(hint: Any, value: Any, key: Key, source: Source, default: Any) -> Any:
@@ -118,15 +139,15 @@ def _tables(hint: Any, value: Any, key: Key, source: Source) -> Any:
     """Return tables by name, None for those that are wrong; MISSING when a name is wrong."""
     names, item = get_args(hint)
     known = get_args(names)
-    given = value if isinstance(value, Mapping) else {show(value): value}
-    if plain := [n for n, v in given.items() if not isinstance(v, Mapping)]:
+    by_name: Mapping[str, Any] = value if is_table(value) else {show(value): value}
+    if plain := [n for n, v in by_name.items() if not is_table(v)]:
         place = dotted((*key, known[0]))
         source.error(key, f"{', '.join(plain)} outside of [{dotted(key)}.NAME]; write it under [{place}]")
         return MISSING
-    strange = [name for name in value if name not in known]
+    strange = [name for name in by_name if name not in known]
     for name in strange:
         source.error((*key, name), unknown(name, known))
-    tables = {name: build(item, value[name], (*key, name), source) for name in known if name in value}
+    tables = {name: build(item, by_name[name], (*key, name), source) for name in known if name in by_name}
     return MISSING if strange else tables
 
 
@@ -178,9 +199,10 @@ def _items(hint: Any, value: Any) -> list[tuple[Any, Any]] | None:
     types = get_args(hint)
     if not isinstance(value, list):
         return None
+    items = cast("list[Any]", value)
     if types[1:] == (Ellipsis,):
-        types = types[:1] * len(value)
-    return list(zip(types, value, strict=True)) if len(types) == len(value) else None
+        types = types[:1] * len(items)
+    return list(zip(types, items, strict=True)) if len(types) == len(items) else None
 
 
 def _mismatch(alternatives: list[Any], value: Any, name: str, default: Any) -> str:
@@ -216,7 +238,7 @@ def _meant(value: Any) -> Iterator[Any]:
 def _describe(alternatives: list[Any], value: Any = None) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return "finite"
-    words = []
+    words: list[str] = []
     for a in alternatives:
         if get_origin(a) is Literal:
             words += [show(v) for v in get_args(a)]
@@ -238,13 +260,13 @@ def dump(config: Any) -> str:
 
 
 def _dump_tables(config: Any, key: Key) -> Iterator[str]:
-    items = (
-        config.items()
-        if isinstance(config, dict)
+    items: list[tuple[str, Any]] = (
+        list(config.items())
+        if is_table(config)
         else [(f.name, getattr(config, f.name)) for f in fields(config)]
     )
-    plain = [(k, v) for k, v in items if not (is_dataclass(v) or isinstance(v, dict)) and v is not None]
-    tables = [(k, v) for k, v in items if is_dataclass(v) or isinstance(v, dict)]
+    plain = [(k, v) for k, v in items if not (is_dataclass(v) or is_table(v)) and v is not None]
+    tables = [(k, v) for k, v in items if is_dataclass(v) or is_table(v)]
     if key and (plain or not tables):
         yield f"[{'.'.join(key)}]"
     for k, v in plain:

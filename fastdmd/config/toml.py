@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 Key = tuple[str, ...]
 
@@ -22,8 +22,10 @@ class Source:
     path: Path
     data: dict[str, Any]
     lines: dict[Key, int]
-    overridden: set[Key] = field(default_factory=set)
-    errors: dict[Key, tuple[int, str]] = field(default_factory=dict)  # (line, message); 0 is the command line
+    overridden: set[Key] = field(default_factory=set[Key])
+    errors: dict[Key, tuple[int, str]] = field(  # (line, message); 0 is the command line
+        default_factory=dict[Key, tuple[int, str]]
+    )
 
     def error(self, key: Key, message: str) -> None:
         """Note what is wrong with a key. Only the first is kept: the others tend to follow from it."""
@@ -96,7 +98,7 @@ def _statements(text: str) -> Iterator[tuple[int, str, list[Key]]]:
         yield first, statement, []
 
 
-def _paths(table: Mapping[str, Any], prefix: Key) -> Iterator[Key]:
+def _paths(table: Any, prefix: Key) -> Iterator[Key]:
     for name, value in table.items():
         yield (*prefix, name)
         if isinstance(value, dict):
@@ -136,10 +138,11 @@ def _override(source: Source, text: str) -> None:
         quoted = f'{dotted(key)}="{value}"'
         error(f"{dotted(key)}: {value!r} is not a TOML value; text needs quotes: {quoted!r}")
         return
-    table = source.data
+    table: Any = source.data
     for i, part in enumerate(key[:-1]):
         table = table.setdefault(part, {})
-        if not isinstance(table, dict):
+        is_table: bool = isinstance(table, dict)
+        if not is_table:
             inner, outer = dotted(key), dotted(key[: i + 1])
             error(f"{inner}: {outer} is a value, not a table; write {outer}=.. or another key")
             return
@@ -151,7 +154,7 @@ def to_toml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple | list):
-        return f"[{', '.join(to_toml(v) for v in value)}]"
+        return f"[{', '.join(map(to_toml, cast('Sequence[Any]', value)))}]"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return str(value)

@@ -65,14 +65,14 @@ class Config:
 
     @property
     def roles(self) -> Mapping[str, How]:
-        found: dict[str, How] = {"student": "train", "teacher": "frozen"}
+        roles: dict[str, How] = {"student": "train", "teacher": "frozen"}
         if self.target == "ema":
-            found["target"] = "ema"
+            roles["target"] = "ema"
         if self.expert == "detail":
-            found["semantic"] = "frozen"
+            roles["semantic"] = "frozen"
         if self.adversarial:
-            found["disc"] = "heads"
-        return found
+            roles["disc"] = "heads"
+        return roles
 
     def problems(self) -> Iterator[tuple[str, str]]:
         for key in ("temporal_weight", "adversarial_weight", "hinge_weight", "feature_weight"):
@@ -144,7 +144,9 @@ class DCM(Method):
     def __init__(self, config: Config, schedule: Schedule) -> None:
         if not isinstance(schedule, FlowSchedule):
             raise ValueError("method.name: 'dcm' is for flow models such as Wan; use another")
-        self.config, self.schedule, self.guidance = config, schedule, config.guidance
+        self.config = config
+        self.schedule = schedule
+        self.guidance = config.guidance
         self.sigmas = solver_sigmas(config.solver_steps, schedule.flow_shift)
         early, late = (
             student_times(t, False, 1.0) for t in (config.semantic_timesteps, config.detail_timesteps)
@@ -191,7 +193,8 @@ class DCM(Method):
         i = points.start + rng.integers(len(points))
         e = phase_end(i, self.config.solver_steps, self.config.phases, points.start)
         now, prev, end = self.sigmas[i + 1], self.sigmas[i], self.sigmas[e]
-        times, rows = [now, prev], [end - now, prev - now, end - prev, (i == points.start).double()]
+        times = [now, prev]
+        rows = [end - now, prev - now, end - prev, (i == points.start).double()]
         if not self.config.adversarial:
             (c, c_prev), lengths = send(self.schedule, times, eps, rows)
             return Draws(Level(c, eps), c_prev, *lengths, adversarial=None)
@@ -248,7 +251,9 @@ class DCM(Method):
         fake, real = (further.noised(z) for z in pair)
         # not the hidden states: those of a large model are gigabytes
         carry["adversarial"] = fake.detach(), real, further.c
-        heads, layers, model_t = gan.heads(nets), self.layers(nets), further.c.model_t
+        heads = gan.heads(nets)
+        layers = self.layers(nets)
+        model_t = further.c.model_t
         with torch.no_grad():
             aim, _ = heads(nets["teacher"].features(real, model_t, batch.cond, layers)[1])
         projected, logits = heads(nets["teacher"].features(fake, model_t, batch.cond, layers)[1])

@@ -7,7 +7,7 @@ before it are clean and seen at t = 0, those after it are left out (teacher forc
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,7 +87,8 @@ class Flow(Method):
 
     def samplers(self, steps: int, guidance: float | None) -> dict[str, Sampler]:
         """Return the student's sampler of `steps` Euler steps: guided, or of one block after the other."""
-        grid, per_block = self.schedule.solver_grid(steps), self.config.frames_per_block
+        grid = self.schedule.solver_grid(steps)
+        per_block = self.config.frames_per_block
         w = self.guidance if guidance is None else guidance
         if per_block is None:
             return {"student": ode_sampler("student", self.schedule, grid, w)}
@@ -100,5 +101,6 @@ class Flow(Method):
     def draw_time(self, rng: Rng) -> Tensor:
         u = rng.uniform()
         if self.config.timestep_distribution == "logit_normal":
-            u = torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)).sigmoid()
+            normal: Any = torch.special  # without types
+            u = normal.ndtri(u.clamp(1e-6, 1 - 1e-6)).sigmoid()
         return shift(u, self.schedule.flow_shift)

@@ -28,7 +28,9 @@ class Head(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.first, self.residual, self.last = layer(width), layer(width), nn.Conv1d(width, 1, 1)
+        self.first = layer(width)
+        self.residual = layer(width)
+        self.last = nn.Conv1d(width, 1, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return projection [B, D, L] and logits [B, 1, L] of a map [B, D, ..]."""
@@ -75,9 +77,9 @@ def make_heads(denoiser: Denoiser, layers: Sequence[int], key: str) -> Heads:
 
 def heads(nets: Nets) -> Heads:
     """Return the discriminator among the networks."""
-    found: nn.Module = nets["disc"].net
-    assert isinstance(found, Heads)
-    return found
+    net: nn.Module = nets["disc"].net
+    assert isinstance(net, Heads)
+    return net
 
 
 def hinge_d(fake: Sequence[Tensor], real: Sequence[Tensor]) -> Tensor:

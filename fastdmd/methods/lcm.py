@@ -51,10 +51,10 @@ class Config:
 
     @property
     def roles(self) -> Mapping[str, How]:
-        found: dict[str, How] = {"student": "train", "teacher": "frozen"}
+        roles: dict[str, How] = {"student": "train", "teacher": "frozen"}
         if self.target == "ema":
-            found["target"] = "ema"
-        return found
+            roles["target"] = "ema"
+        return roles
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from timestep_problems(self.denoising_timesteps)
@@ -98,7 +98,8 @@ class LCM(Method):
         yield from target_warnings(self.config.target)
 
     def draw(self, phase: str, rng: Rng, shape: tuple[int, ...], carry: Carry) -> Draws:
-        n, (low, high) = rng.integers(self.config.solver_steps), self.config.guidance_range
+        n = rng.integers(self.config.solver_steps)
+        low, high = self.config.guidance_range
         w, eps = low + (high - low) * rng.uniform(), rng.normal(shape)
         last = (n == self.config.solver_steps - 1).double()
         (now, then), (w, last) = self.points([self.grid[n], self.grid[n + 1]], eps, [w, last])
@@ -107,7 +108,9 @@ class LCM(Method):
     def loss(self, phase: str, nets: Nets, batch: Batch, draws: Draws, carry: Carry) -> Loss:
         if batch.x0 is None:
             raise ValueError("method 'lcm' trains on latents; the data has prompts only")
-        now, then, w = draws.level.c, draws.then, draws.w
+        now = draws.level.c
+        then = draws.then
+        w = draws.w
         z, cond = draws.level.noised(batch.x0), self.with_guidance(batch.cond, w)
         with torch.no_grad():
             z_next = ode_step(z, self.teacher_x0(nets["teacher"], z, now, batch, w), now, then)
@@ -142,7 +145,8 @@ class LCM(Method):
         """
         if isinstance(self.schedule, FlowSchedule):
             return send(self.schedule, times, like, rows)
-        edges, variance = [], SIGMA_DATA**2
+        edges: list[Tensor] = []
+        variance = SIGMA_DATA**2
         for t in times:
             scaled = self.config.boundary_timestep_scaling * self.schedule.model_t(t)
             edges += [variance / (scaled**2 + variance), scaled / (scaled**2 + variance).sqrt()]

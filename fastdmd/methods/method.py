@@ -156,7 +156,8 @@ def mean_metrics(micro: Sequence[Metrics]) -> tuple[dict[str, Tensor], dict[str,
 
     Nothing is read from a device: the mean of a Share without samples is 0, and its number says so.
     """
-    means, samples = {}, {}
+    means: dict[str, Tensor] = {}
+    samples: dict[str, Tensor] = {}
     for name in micro[0]:
         column = [metrics[name] for metrics in micro]
         shares = [value for value in column if isinstance(value, Share)]

@@ -103,11 +103,13 @@ class ScoreDistillation(Method):
     def __init__(
         self, config: Any, schedule: Schedule, *, rollout: rollouts.Config, critic: CriticConfig
     ) -> None:
-        self.config, self.schedule, self.rollout_config = config, schedule, rollout
+        self.config = config
+        self.schedule = schedule
+        self.rollout_config = rollout
         self.guidance = config.guidance
         self.times = student_times(config.denoising_timesteps, config.warp_timesteps, schedule.flow_shift)
-        given = config.score_timestep_shift
-        self.score_shift = schedule.flow_shift if given is None else given
+        score_shift = config.score_timestep_shift
+        self.score_shift = schedule.flow_shift if score_shift is None else score_shift
         self.rollouts_per_generator = critic.updates_per_generator // critic.updates_per_rollout
         self.critic_phases = ("critic",) * critic.updates_per_rollout
 
@@ -129,19 +131,19 @@ class ScoreDistillation(Method):
         return renoise(student, self.schedule, noise, self.times, cond, rng)
 
     def draw(self, phase: str, rng: Rng, shape: tuple[int, ...], carry: Carry) -> Draws:
-        made = None
+        drawn = None
         if "window" not in carry:
-            made = rollouts.draw(self.times, self.rollout_config, shape, rng)
-            carry["window"] = made.window
+            drawn = rollouts.draw(self.times, self.rollout_config, shape, rng)
+            carry["window"] = drawn.window
         times, noise = [self.score_time(rng, carry["window"])], [rng.normal(shape)]
         if self.judges:
             # the critic's phase judges at its own score time, with another noise
             times.append(times[0] if phase == "critic" else self.score_time(rng, carry["window"]))
             noise.append(rng.normal(shape))
-        walked = [] if made is None else made.host_times()
+        walked = [] if drawn is None else drawn.host_times()
         coeffs, _ = send(self.schedule, [*times, *walked], noise[0])
         levels = [Level(c, eps) for c, eps in zip(coeffs, noise, strict=False)]
-        return Draws(made, coeffs[len(times) :], levels[0], levels[1] if self.judges else None)
+        return Draws(drawn, coeffs[len(times) :], levels[0], levels[1] if self.judges else None)
 
     def rollout(self, nets: Nets, batch: Batch, draws: Draws, carry: Carry, grad: bool) -> Tensor:
         """Return the step's x0_g: made by its first phase, without gradient for the others."""
@@ -170,7 +172,9 @@ class ScoreDistillation(Method):
 
         Guidance is one batched call, left out when off.
         """
-        config, z, c = self.config, level.noised(x0), level.c
+        config = self.config
+        z = level.noised(x0)
+        c = level.c
         F_fake = nets["critic"].guided(z, c, batch.cond, batch.uncond, config.critic_guidance)
         if config.guidance == 1:
             F_c, F_u = nets["teacher"].raw(z, c, batch.cond), None

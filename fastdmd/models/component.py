@@ -2,11 +2,11 @@
 
 import json
 import shutil
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -31,9 +31,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_config(folder: Path, name: str, class_name: str, model: str) -> dict[str, Any]:
     """`folder/name/config.json`; ValueError when it is of another class."""
     raw = read_json(folder / name / "config.json")
-    if (given := raw.get("_class_name")) != class_name:
+    if (kind := raw.get("_class_name")) != class_name:
         raise ValueError(
-            f"{folder}: {name} is a {given}, not a {class_name}; name a diffusers folder of {model}"
+            f"{folder}: {name} is a {kind}, not a {class_name}; name a diffusers folder of {model}"
         )
     return raw
 
@@ -41,7 +41,11 @@ def read_config(folder: Path, name: str, class_name: str, model: str) -> dict[st
 def known(raw: Mapping[str, Any], cls: Any) -> dict[str, Any]:
     """Return what a config.json says of a dataclass's fields, lists as tuples."""
     names = {f.name for f in fields(cls)}
-    return {key: tuple(x) if isinstance(x, list) else x for key, x in raw.items() if key in names}
+    values: dict[str, Any] = {}
+    for key, value in raw.items():
+        if key in names:
+            values[key] = tuple(cast("list[Any]", value)) if isinstance(value, list) else value
+    return values
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,8 @@ def open_weights(path: Path) -> Weights:
             f"{path.parent}: {path.name} has neither {single.name} nor {index.name}; only safetensors are "
             "read, so save it with safe_serialization"
         )
-    shapes, places = {}, {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    places: dict[str, tuple[Path, str]] = {}
     for file in files:
         for name, shape in _shapes(file).items():
             shapes[name], places[name] = shape, (file, name)
@@ -115,10 +120,11 @@ def open_weights(path: Path) -> Weights:
 
 
 @contextmanager
-def open_tensors(file: Path, remedy: str = "download or save the folder again") -> Iterator[Any]:
+def open_tensors(file: Path, remedy: str = "download or save the folder again") -> Generator[Any, None, None]:
     """Open a safetensors file, to read tensors one by one; ValueError where it cannot be read."""
     try:
-        with safe_open(file, "pt") as tensors:
+        opened: Any = safe_open(file, "pt")
+        with opened as tensors:
             yield tensors
     except (FileNotFoundError, SafetensorError) as e:
         raise ValueError(f"{file} cannot be read ({e}); {remedy}") from None
@@ -139,7 +145,7 @@ def read_into(
     one tensor. Names are those without adapters, whose layers hold theirs at `.base_layer`.
     """
     names = {name.replace(".base_layer", ""): name for name, _ in net.named_parameters()}
-    masters = {}
+    masters: dict[str, Tensor] = {}
     for name, value in weights:
         owner, _, leaf = names[name].rpartition(".")
         keeps = net.keeps_float32(name)
@@ -172,12 +178,12 @@ def write_index(
     none. One that the folder lacks is [null, null]: a pipeline that is given None for it opens without it.
     """
     original = source / "model_index.json" if source else None
-    given = json.loads(original.read_text()) if original and original.is_file() else {}
+    named: dict[str, Any] = json.loads(original.read_text()) if original and original.is_file() else {}
     for name in components:
         if source and (source / name).is_dir():
             shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
     frozen = {
-        name: given.get(name, kind) if (folder / name).is_dir() else [None, None]
+        name: named.get(name, kind) if (folder / name).is_dir() else [None, None]
         for name, kind in components.items()
     }
     (folder / "model_index.json").write_text(json.dumps({**index, **frozen}, indent=2) + "\n")

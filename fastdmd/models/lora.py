@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
 ADAPTER = "default"
@@ -36,6 +36,11 @@ class LoraConfig:
             yield "targets", f"is empty; e.g. {list(WAN_TARGETS)}"
 
 
+def modules_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return a module and all inside it by name; torch's own generator has no types."""
+    return list(module.named_modules())  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
+
+
 def add_lora(module: nn.Module, rank: int, alpha: float, targets: Sequence[str]) -> None:
     """Put adapters into every layer whose name ends in a target.
 
@@ -44,7 +49,7 @@ def add_lora(module: nn.Module, rank: int, alpha: float, targets: Sequence[str])
     from peft import LoraConfig, inject_adapter_in_model
 
     kinds = nn.Linear | nn.Conv2d | nn.Conv3d
-    names = [name for name, layer in module.named_modules() if isinstance(layer, kinds)]
+    names = [name for name, layer in modules_of(module) if isinstance(layer, kinds)]
     if absent := [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in names)]:
         raise ValueError(
             f"lora.targets: no layer is called {', '.join(absent)}; the last is called {names[-1]}"
@@ -60,9 +65,9 @@ def start_lora(module: nn.Module, seed: int, device: torch.device, dtype: torch.
     (Kaiming, a = sqrt(5)); first A and B are drawn in vain, as peft does, whose draws these are.
     """
     masters: dict[str, Tensor] = {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for name, _ in list(module.named_modules()):
+    with torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType]
+        torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
+        for name, _ in modules_of(module):
             if not name.endswith(f".lora_A.{ADAPTER}"):
                 continue
             layer = name.removesuffix(f".lora_A.{ADAPTER}")
@@ -81,26 +86,26 @@ def start_lora(module: nn.Module, seed: int, device: torch.device, dtype: torch.
 
 def lora_parameters(module: nn.Module, whole: Sequence[str] = ()) -> dict[str, nn.Parameter]:
     """Return the adapters' parameters by name, and those of the modules that are trained whole."""
-    found = {}
+    parameters: dict[str, nn.Parameter] = {}
     for name, parameter in module.named_parameters():
         if ".lora_A." in name or ".lora_B." in name or any(name.startswith(f"{part}.") for part in whole):
-            found[name] = parameter
-    return found
+            parameters[name] = parameter
+    return parameters
 
 
 def merged(module: nn.Module) -> dict[str, Tensor]:
     """Return the parameters of a network without adapters that computes the same: W + alpha / rank B A."""
     from peft.tuners.lora import LoraLayer
 
-    found = {
+    weights = {
         name.replace(".base_layer", ""): p.detach().clone()
         for name, p in module.named_parameters()
         if ".lora_A." not in name and ".lora_B." not in name
     }
-    for name, layer in module.named_modules():
+    for name, layer in modules_of(module):
         if isinstance(layer, LoraLayer):
-            found[f"{name}.weight"] += layer.get_delta_weight(ADAPTER)  # type: ignore[attr-defined]
-    return found
+            weights[f"{name}.weight"] += layer.get_delta_weight(ADAPTER)  # type: ignore[attr-defined]
+    return weights
 
 
 def export_lora(path: Path, weights: Mapping[str, Tensor], rank: int, alpha: float, prefix: str = "") -> None:
@@ -109,7 +114,7 @@ def export_lora(path: Path, weights: Mapping[str, Tensor], rank: int, alpha: flo
     The names of SDXL begin with "unet." as they have to; Wan's take the prefix "transformer.". A reader takes
     alpha for the rank, so the file's B has alpha / rank in it.
     """
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, value in weights.items():
         scale = alpha / rank if ".lora_B." in name else 1.0
         tensors[prefix + name.replace(f".{ADAPTER}.weight", ".weight")] = (

@@ -118,7 +118,7 @@ def cast(net: Net, dtype: torch.dtype) -> dict[str, Tensor]:
 
     The originals are an optimizer's masters.
     """
-    masters = {}
+    masters: dict[str, Tensor] = {}
     for name, parameter in net.named_parameters():
         if dtype != torch.float32 and not net.keeps_float32(name):
             masters[name] = parameter.detach().float()

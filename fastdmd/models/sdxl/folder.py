@@ -86,11 +86,11 @@ def read_config(folder: Path) -> SDXLConfig:
         raise ValueError(
             f"{folder / 'unet' / 'config.json'} has no {', '.join(absent)}; download or save the folder again"
         )
-    given = component.known(raw, SDXLConfig)
-    given |= {
-        key: (given[key],) * len(given["block_out_channels"]) for key in LEVELS if isinstance(given[key], int)
+    keys = component.known(raw, SDXLConfig)
+    keys |= {
+        key: (keys[key],) * len(keys["block_out_channels"]) for key in LEVELS if isinstance(keys[key], int)
     }
-    config = SDXLConfig(**given)
+    config = SDXLConfig(**keys)
     for key, message in config.problems():
         raise ValueError(f"{folder}: unet has {key}: {message}")
     if (ups := raw.get("up_block_types")) != list(config.up_block_types):
@@ -111,7 +111,8 @@ def open_weights(folder: Path, net: SDXL) -> component.Weights:
     A guidance embedding is zero where the folder has none. A folder that has one was trained with it: another
     width is refused.
     """
-    had, has = read_config(folder).time_cond_proj_dim, net.config.time_cond_proj_dim
+    had = read_config(folder).time_cond_proj_dim
+    has = net.config.time_cond_proj_dim
     if None not in (had, has) and had != has:
         raise ValueError(f"{folder}: unet has a guidance embedding of width {had}, not {has}; use {had}")
     expected = net.state_dict()

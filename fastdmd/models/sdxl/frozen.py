@@ -3,6 +3,9 @@
 B batch, C channel, H W space.
 """
 
+# transformers and diffusers have no types
+# pyright: basic
+
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,7 +41,9 @@ class TextEncoder:
     def __call__(self, prompts: Sequence[str], batch_size: int = 32) -> Cond:
         """Encode prompts; the encoders are on the device only while they work."""
         self._move(self.device)
-        texts, pools, progress = [], [], Progress("encoding prompts", len(prompts))
+        texts = []
+        pools = []
+        progress = Progress("encoding prompts", len(prompts))
         for first in range(0, len(prompts), batch_size):
             chunk = list(prompts[first : first + batch_size])
             written = torch.tensor([bool(prompt.strip()) for prompt in chunk], device=self.device)
@@ -72,7 +77,8 @@ def decode(path: str, x0: Tensor, device: torch.device, dtype: torch.dtype) -> T
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     vae: Any = AutoencoderKL.from_pretrained(path, subfolder="vae", **SAFE)
-    dtype, scale = torch.float32 if vae.config.force_upcast else dtype, vae.config.scaling_factor
+    dtype = torch.float32 if vae.config.force_upcast else dtype
+    scale = vae.config.scaling_factor
     vae.to(device, dtype)
     images = [vae.decode(x.to(device, dtype)[None] / scale, return_dict=False)[0].float().cpu() for x in x0]
     image = torch.cat(images).clamp(-1, 1)

@@ -4,11 +4,11 @@ B batch, C channel, H W space, S text tokens, D cross_attention_dim, P pooled_di
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +108,10 @@ class SDXLConfig:
         if strange := set(self.down_block_types) - set(UP):
             yield "down_block_types", f"{min(strange)!r} is not one of {', '.join(UP)}; use one of them"
         for key, value in asdict(self).items():
-            if any(isinstance(n, int) and n < 1 for n in (value if isinstance(value, tuple) else (value,))):
+            numbers: tuple[Any, ...] = (
+                cast("tuple[Any, ...]", value) if isinstance(value, tuple) else (value,)
+            )
+            if any(isinstance(n, int) and n < 1 for n in numbers):
                 yield key, f"{value} is not positive; SDXL uses {getattr(SDXLConfig, key)}"
                 return  # by which the rest would divide
         if any(width % self.norm_num_groups for width in self.block_out_channels):
@@ -206,7 +209,7 @@ class SDXL(Net):
         return Out(F, [wide(maps[index]) for index in sorted(maps)])
 
     @contextmanager
-    def _kept(self, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    def _kept(self, layers: Sequence[int]) -> Generator[dict[int, Tensor], None, None]:
         """Keep what the blocks `layers` return, by their index."""
         maps: dict[int, Tensor] = {}
 

@@ -132,7 +132,9 @@ class CausalWan(Wan):
 
     def _block(self, x_t: Tensor, model_t: Tensor, cond: Cond, video: Video, call: Call) -> Out:
         assert not (call.write and torch.is_grad_enabled())
-        grid, start, cache = self.grid(x_t.shape), video.tokens, video.cache
+        grid = self.grid(x_t.shape)
+        start = video.tokens
+        cache = video.cache
         stop = start + math.prod(grid)
         if (len(x_t), *grid[1:]) != (cache.fits[0], *cache.grid[1:]) or stop > math.prod(cache.grid):
             raise ValueError(
@@ -149,7 +151,9 @@ class CausalWan(Wan):
         return out
 
     def _blocks(self, x_t: Tensor, model_t: Tensor, cond: Cond, call: Call) -> Out:
-        grid, (B, n), frames = self.grid(x_t.shape), model_t.shape, call.blocks
+        grid = self.grid(x_t.shape)
+        B, n = model_t.shape
+        frames = call.blocks
         pt, *_ = self.config.patch_size
         if n != len(frames) or sum(frames) != x_t.shape[2] or any(k < 1 or k % pt for k in frames):
             raise ValueError(
@@ -158,8 +162,8 @@ class CausalWan(Wan):
             )
         lengths = tuple(k // pt * grid[1] * grid[2] for k in frames)
         time, modulation, text = self.embed(model_t.flatten(), cond)
-        time = per_token(time.unflatten(0, (B, n)), lengths)
-        modulation = per_token(modulation.unflatten(0, (B, n)), lengths).transpose(1, 2)
+        time = per_token(time.view(B, n, *time.shape[1:]), lengths)
+        modulation = per_token(modulation.view(B, n, *modulation.shape[1:]), lengths).transpose(1, 2)
         attentions = [Masked(block_causal_mask(lengths, x_t.device))] * self.config.num_layers
         geometry = self.geometry(grid, x_t.device)
         return self.trunk(x_t, time, modulation, text, geometry, attentions, call.layers)

@@ -46,7 +46,8 @@ class WanFamily(family.Family[WanConfig, Wan]):
         return diffusers_folder.read_config(folder)
 
     def make(self, architecture: WanConfig, options: family.Options) -> Wan:
-        return (CausalWan if options.causal else Wan)(architecture, options.tile)
+        kind = CausalWan if options.causal else Wan
+        return kind(architecture, options.tile)
 
     def open_weights(self, folder: Path, net: Wan) -> Weights:
         return diffusers_folder.open_weights(folder, net)

@@ -39,13 +39,13 @@ def read_config(folder: Path) -> WanConfig:
     for key, value in FIXED.items():
         if raw.get(key, value) != value:
             raise ValueError(f"{folder}: transformer has {key} = {raw[key]!r}; name a text-to-video Wan 2.1")
-    given = component.known(raw, WanConfig)
-    if absent := [f.name for f in fields(WanConfig) if f.default is MISSING and f.name not in given]:
+    keys = component.known(raw, WanConfig)
+    if absent := [f.name for f in fields(WanConfig) if f.default is MISSING and f.name not in keys]:
         raise ValueError(
             f"{folder / 'transformer' / 'config.json'} has no {', '.join(absent)}; "
             "download or save the folder again"
         )
-    config = WanConfig(**given)
+    config = WanConfig(**keys)
     if (
         config.in_channels != config.out_channels
     ):  # the rest is an image (Wan 2.2 image-to-video has no other mark)
@@ -64,7 +64,8 @@ def open_weights(folder: Path, net: Wan) -> component.Weights:
     """
     weights = component.open_weights(folder / "transformer")
     weights = weights.renamed(lambda name: FASTVIDEO_GATE.sub(r"\1attn1.to_gate_compress.", name))
-    expected, gates = net.state_dict(), {name for name in weights.shapes if GATE in name}
+    expected = net.state_dict()
+    gates = {name for name in weights.shapes if GATE in name}
     if gates and net.tile is None:
         raise ValueError(
             f"{folder}: transformer has gates of video sparse attention ({min(gates)}); "

@@ -3,6 +3,9 @@
 B batch, C channel, T frames, H W space, S text tokens.
 """
 
+# transformers and diffusers have no types
+# pyright: basic
+
 from collections.abc import Sequence
 from typing import Any
 

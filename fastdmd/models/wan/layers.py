@@ -7,7 +7,7 @@ a sample, L where each token has its own.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as nnf
@@ -52,12 +52,13 @@ class WanConfig:
 
     def problems(self) -> Iterator[tuple[str, str]]:
         for name, value in vars(self).items():
-            least = min(value) if isinstance(value, tuple) else value
+            numbers: tuple[Any, ...] = (
+                cast("tuple[Any, ...]", value) if isinstance(value, tuple) else (value,)
+            )
+            least = min(numbers)
             if least <= 0 and value is not False:
-                yield (
-                    name,
-                    f"{list(value) if isinstance(value, tuple) else value} is not positive; use 1 or more",
-                )
+                shown = list(numbers) if isinstance(value, tuple) else value
+                yield name, f"{shown} is not positive; use 1 or more"
             elif name in ("attention_head_dim", "freq_dim") and least % 2:
                 yield name, f"{least} is odd; use {least + 1}, as channels turn in pairs"
 
@@ -95,7 +96,7 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """
     cos, sin = rope
     y = wide(x)
-    re, im = y.unflatten(-1, (-1, 2)).unbind(-1)
+    re, im = y.view(*y.shape[:-1], -1, 2).unbind(-1)
     return torch.addcmul(y * cos, torch.stack([im, re], dim=-1).flatten(-2), sin).to(x.dtype)
 
 
@@ -193,7 +194,9 @@ class Block(nn.Module):
         super().__init__()
         D = config.width
         self.eps = config.eps
-        self.attn1, self.attn2, self.ffn = Attention(config, gated), Attention(config), FeedForward(config)
+        self.attn1 = Attention(config, gated)
+        self.attn2 = Attention(config)
+        self.ffn = FeedForward(config)
         self.norm2 = nn.LayerNorm(D, eps=config.eps) if config.cross_attn_norm else nn.Identity()
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, D) / D**0.5)
 

@@ -10,12 +10,12 @@ in the same one.
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 from fastdmd.batch import Cond
 from fastdmd.models.attention import Attention, Sparse
@@ -24,6 +24,11 @@ from fastdmd.models.wan.layers import DENSE, Block, ConditionEmbedder, WanConfig
 from fastdmd_kernels import topk_for
 from fastdmd_kernels.attention import prepare
 from fastdmd_kernels.tiles import Grid, Tiles
+
+
+def recomputed(block: nn.Module, x: Tensor, *arguments: object) -> Tensor:
+    """Return what a block makes of x, computed anew in the backward."""
+    return cast("Tensor", checkpoint(block, x, *arguments, use_reentrant=False))
 
 
 class Geometry(NamedTuple):
@@ -153,19 +158,20 @@ class Wan(Net):
 
         x_t [B, C, T, H, W], time [B, M, D], modulation [B, 6, M, D], text [B, S, D].
         """
-        grid, maps, weight = self.grid(x_t.shape), [], self.patch_embedding.weight
+        grid, weight = self.grid(x_t.shape), self.patch_embedding.weight
+        maps: list[Tensor] = []
         patches, tiles = self.patchify(x_t, grid), geometry.tiles
         if tiles is not None:
             patches = tiles.to_tile_order(patches, 1)
-        x = nnf.linear(patches.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
+        x: Tensor = nnf.linear(patches.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
         for index, (block, attention) in enumerate(zip(self.blocks, attentions, strict=True)):
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, text, modulation, geometry.rope, attention, use_reentrant=False)
+                x = recomputed(block, x, text, modulation, geometry.rope, attention)
             else:
                 x = block(x, text, modulation, geometry.rope, attention)
             if index in layers:
                 raster = x if tiles is None else tiles.to_raster_order(x, 1)
-                maps.append(raster.float().transpose(1, 2).unflatten(2, grid))
+                maps.append(raster.float().transpose(1, 2).reshape(len(x), -1, *grid))
         shift, scale = (self.scale_shift_table[:, :, None] + time[:, None]).unbind(1)  # [B, M, D]
         x = self.proj_out((layer_norm(x, self.config.eps) * (1 + scale) + shift).to(x.dtype))
         if tiles is not None:
@@ -175,7 +181,10 @@ class Wan(Net):
     def flops(self, shape: Iterable[int], text_tokens: int, call: Call = PLAIN) -> int:
         """Return multiply-adds x 2 of products and attention in one forward of a latent [B, C, T, H, W]."""
         B, *latent = shape
-        grid, S, D, c = self.grid(latent), text_tokens, self.config.width, self.config
+        grid = self.grid(latent)
+        S = text_tokens
+        D = self.config.width
+        c = self.config
         L, patch = math.prod(grid), math.prod(c.patch_size)
         sparse = call.attention if isinstance(call.attention, Sparse) else None
         if sparse is None:
