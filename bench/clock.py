@@ -104,10 +104,10 @@ def ceilings(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> dict[str,
     flush = Flush(device)
     source = torch.rand(COPY_BYTES[device.type] // 4, device=device)
     copy = partial(torch.empty_like(source).copy_, source)
-    found = {"copy_gb_s": 2 * COPY_BYTES[device.type] / seconds(copy, 10, flush) / 1e9}
+    rates = {"copy_gb_s": 2 * COPY_BYTES[device.type] / seconds(copy, 10, flush) / 1e9}
     n = MATMUL_SIDE[device.type]
     for dtype in dtypes:
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         name = str(dtype).removeprefix("torch.")
-        found[f"matmul_{name}_tflops"] = 2 * n**3 / seconds(partial(torch.mm, a, b), 10, flush) / 1e12
-    return found
+        rates[f"matmul_{name}_tflops"] = 2 * n**3 / seconds(partial(torch.mm, a, b), 10, flush) / 1e12
+    return rates

@@ -31,18 +31,18 @@ def read(files: list[Path]) -> list[Line]:
 
 
 def rows(lines: list[Line]) -> list[tuple[str, ...]]:
-    found: dict[tuple[str, ...], dict[str, Line]] = {}
+    groups: dict[tuple[str, ...], dict[str, Line]] = {}
     for line in lines:
         key = (line["device"], line["op"], line["of"], line["shape"]["name"], line["dtype"])
-        found.setdefault(key, {})[line["variant"]] = line
+        groups.setdefault(key, {})[line["variant"]] = line
     table = []
-    for key, variants in found.items():
+    for key, variants in groups.items():
         ours = next((line for line in variants.values() if line["ours"]), None)
         if ours is None:
             continue
         peer = fastest([line for line in variants.values() if not line["ours"]])
         sparse = key[1] in ("vsa", "vsa_fine")
-        dense = fastest(list(found.get((key[0], "attention", *key[2:]), {}).values())) if sparse else None
+        dense = fastest(list(groups.get((key[0], "attention", *key[2:]), {}).values())) if sparse else None
         table.append(
             (
                 *key,

@@ -41,7 +41,8 @@ def export_student(
     run = restored(config, only=("student",))
     net = run.nets["student"].net
     averaged = run.ema if config.validation.weights == "ema" else None
-    weights = learned = averaged.shadow if averaged else run.optimizers["student"].masters
+    learned = averaged.shadow if averaged else run.optimizers["student"].masters
+    weights = learned
     if config.lora:
         # in bf16 W + B A would lose what is under W / 256 of B A
         parameters = dict(net.float().named_parameters())

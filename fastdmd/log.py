@@ -168,7 +168,9 @@ class Progress:
     """One line on stderr with an ETA: rewritten in place on a terminal, every ten seconds elsewhere."""
 
     def __init__(self, what: str, total: int, done: int = 0) -> None:
-        self.what, self.total, self.first = what, total, done
+        self.what = what
+        self.total = total
+        self.first = done
         self.start = self.shown = time.monotonic()
         self.live = sys.stderr.isatty()
         self.open = False  # a line without its end is on the terminal

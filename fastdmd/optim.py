@@ -94,7 +94,9 @@ class Optimizer:
         max_steps: int,
         masters: Mapping[str, Tensor],
     ) -> None:
-        self.config, self.max_steps, self.params = config, max_steps, params
+        self.config = config
+        self.max_steps = max_steps
+        self.params = params
         self.masters = {name: masters.get(name, p) for name, p in self.params.items()}
         self.adamw = torch.optim.AdamW(
             self.masters.values(), config.lr, config.betas, config.eps, config.weight_decay, fused=True
@@ -194,7 +196,9 @@ class EMA:
     """
 
     def __init__(self, masters: Mapping[str, Tensor], config: EMAConfig) -> None:
-        self.config, self.masters, self.updates = config, masters, 0
+        self.config = config
+        self.masters = masters
+        self.updates = 0
         self.shadow = {name: master.detach().clone() for name, master in masters.items()}
 
     @torch.no_grad()

@@ -44,17 +44,17 @@ def refuse_another(config: Config) -> None:
             f"checkpoint.resume = false, and {folder} has a run; name another run.output_dir, or move it "
             f"away: {move}"
         )
-    found = checkpoint.find(folder / "checkpoints", resume)
-    if found is None:
+    saved = checkpoint.find(folder / "checkpoints", resume)
+    if saved is None:
         return
-    path = found.parent.parent / "config.toml"
+    path = saved.parent.parent / "config.toml"
     if not path.is_file():
-        raise ValueError(f"{found} has no {path}, which says what run it is of; put it back to go on with it")
+        raise ValueError(f"{saved} has no {path}, which says what run it is of; put it back to go on with it")
     old, new = identity(configs.read_saved(path)), identity(config)
     keys = [key for key in {**old, **new} if same_place(key, old.get(key)) != same_place(key, new.get(key))]
     if keys:
-        lines = [f"{key} = {shown(new.get(key))}, and {found} has {shown(old.get(key))}" for key in keys]
-        remedy = f"name another run.output_dir, or take what {found} has; {path} says what that is"
+        lines = [f"{key} = {shown(new.get(key))}, and {saved} has {shown(old.get(key))}" for key in keys]
+        remedy = f"name another run.output_dir, or take what {saved} has; {path} says what that is"
         raise ValueError("\n".join([*lines, f"this is another run: {remedy}"]))
 
 
@@ -88,7 +88,8 @@ def save(run: Run) -> Path:
     """Save a run at its step; raise Diverged, and save nothing, when a number in it is not finite."""
     tensors: dict[str, Mapping[str, Tensor]] = {}
     for role, optimizer in run.optimizers.items():
-        tensors[role], tensors[f"optim_{role}"] = optimizer.masters, optimizer.moments()
+        tensors[role] = optimizer.masters
+        tensors[f"optim_{role}"] = optimizer.moments()
     if run.ema:
         tensors["ema"] = run.ema.shadow
     if bad := not_finite(tensors):
@@ -131,24 +132,26 @@ def restore(run: Run) -> None:
     Raise ValueError for one that this run's networks cannot have saved, or that is not whole; the run stays
     as it was.
     """
-    found = checkpoint.find(run.folder / "checkpoints", run.config.checkpoint.resume)
-    if found is None:
+    saved = checkpoint.find(run.folder / "checkpoints", run.config.checkpoint.resume)
+    if saved is None:
         return
-    manifest, tensors = checkpoint.load(found)
+    manifest, tensors = checkpoint.load(saved)
     if faults := list(state_faults(run, tensors)):
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise ValueError(
-            f"{found}: {', '.join(faults[:3])}{more}; resume with the configuration that it was saved under"
+            f"{saved}: {', '.join(faults[:3])}{more}; resume with the configuration that it was saved under"
         )
     if bad := not_finite(tensors):
         raise ValueError(
-            f"{found}: {shortened(bad)} not finite; remove it to go on from the checkpoint before it"
+            f"{saved}: {shortened(bad)} not finite; remove it to go on from the checkpoint before it"
         )
     for role, optimizer in run.optimizers.items():
         optimizer.load(tensors[role], tensors[f"optim_{role}"])
     if run.ema:
         run.ema.load(tensors["ema"], manifest["ema_updates"])
-    run.step, run.seconds, run.recent = manifest["step"], manifest["seconds"], manifest["recent"]
+    run.step = manifest["step"]
+    run.seconds = manifest["seconds"]
+    run.recent = manifest["recent"]
     follow_average(run)
     set_sparsity(run)
 

@@ -74,7 +74,8 @@ def build_nets(
     built: dict[str, Built] = {}
     for name, role in roles.items():
         if role.how == "heads":
-            net, masters = make_heads(config, method, {k: b.denoiser for k, b in built.items()}, place), {}
+            net = make_heads(config, method, {k: b.denoiser for k, b in built.items()}, place)
+            masters = {}
         else:
             net, masters = make_net(config, role, place, depth)
         trainable = lora_parameters(net, role.lora.modules) if role.lora else None

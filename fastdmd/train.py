@@ -35,7 +35,9 @@ def train(config: Config) -> Run:
     Interrupted or Diverged stop it earlier.
     """
     exported_scheduler(config)  # no days of training for a student that cannot be exported
-    folder, last, every = Path(config.run.output_dir), config.run.max_steps, config.validation.every
+    folder = Path(config.run.output_dir)
+    last = config.run.max_steps
+    every = config.validation.every
     make_folder(folder)
     with locked(folder):
         run = start(config, folder)

@@ -51,7 +51,9 @@ def step_on_meta(config: Config, sparsity: float, depth: int | None = None) -> d
     for role, denoiser in nets.items():
         if config.role_options(role).tile:
             denoiser.keep(sparsity, config.latent_shape())
-    B, shape, net = config.run.batch_size, config.latent_shape(), nets["student"].net
+    B = config.run.batch_size
+    shape = config.latent_shape()
+    net = nets["student"].net
     with torch.device("meta"):
         cond = empty_cond(B, config.family, net.config, config.data.resolution)
         x0 = torch.empty(B, *shape)

@@ -39,11 +39,11 @@ def chains(paths: Sequence[Path], seconds: dict[str, float]) -> list[list[Path]]
     """
     by_name = {path.stem: path for path in paths}
     later = {name: first for name, first in STARTS_FROM.items() if {name, first} <= set(by_name)}
-    found = {name: [path] for name, path in by_name.items() if name not in later}
+    groups = {name: [path] for name, path in by_name.items() if name not in later}
     for name, first in later.items():
-        found[first].append(by_name[name])
+        groups[first].append(by_name[name])
     return sorted(
-        found.values(), key=lambda chain: -sum(seconds.get(path.stem, float("inf")) for path in chain)
+        groups.values(), key=lambda chain: -sum(seconds.get(path.stem, float("inf")) for path in chain)
     )
 
 

@@ -74,10 +74,10 @@ def _read(folder: str) -> Encoded:
     if wrong := [key for key, kind in kinds.items() if not isinstance(raw.get(key), kind) or not raw[key]]:
         raise ValueError(f"{path} has no {', '.join(wrong)}; {REMEDY}")
     shards = tuple((Path(folder) / name, n) for name, n in raw["files"].items())
-    found = [_shapes(shard) for shard, _ in shards]
+    headers = [_shapes(shard) for shard, _ in shards]
     shapes = {"x0": tuple(raw["latent_shape"])}
     for key, axes in {"text": "[n, S, D]", "pooled": "[n, P]"}.items():  # as the first shard has them
-        shape = found[0].get(key, ())
+        shape = headers[0].get(key, ())
         if key == "pooled" and not shape:
             continue
         if len(shape) != axes.count(",") + 1:
@@ -85,8 +85,8 @@ def _read(folder: str) -> Encoded:
                 f"{shards[0][0]}: {key} is {list(shape) or 'missing'}, and has to be {axes}; {REMEDY}"
             )
         shapes[key] = shape[1:]
-    for (shard, n), given in zip(shards, found, strict=True):
-        _check(shard, given, {key: (n, *shape) for key, shape in shapes.items()})
+    for (shard, n), header in zip(shards, headers, strict=True):
+        _check(shard, header, {key: (n, *shape) for key, shape in shapes.items()})
     if "pooled" not in shapes:
         uncond = Path(folder) / UNCOND
         _check(uncond, _shapes(uncond), {"text": (1, *shapes["text"])})

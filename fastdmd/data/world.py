@@ -47,7 +47,9 @@ class ShapesWorld:
     def __init__(
         self, config: Config, family: Family[Any, Any], latent_shape: tuple[int, ...], device: torch.device
     ) -> None:
-        self.config, self.family, self.device = config, family, device
+        self.config = config
+        self.family = family
+        self.device = device
         self.latent_shape, self.negative_prompt = latent_shape, config.negative_prompt
         # T H W, T = 1 for images
         self.size = latent_shape[1:] if len(latent_shape) == 4 else (1, *latent_shape[1:])
@@ -117,7 +119,9 @@ class ModelWorld:
         latent_shape: tuple[int, ...],
         prompts: Sequence[str],
     ) -> None:
-        self.config, self.model, self.device = config, model, model.device
+        self.config = config
+        self.model = model
+        self.device = model.device
         self.prompts: Sequence[str] = prompts
         self.latent_shape, self.negative_prompt = latent_shape, config.negative_prompt
         self.encoder = model.family.encoder(model.path, model.device, model.dtype)

@@ -64,7 +64,8 @@ def log_ticks(low: float, high: float) -> list[float]:
     digits = (1, 2, 5) if high < 100 * low else (1,)
     stride = math.ceil((last - first) / 5)
     marks = [d * 10.0**n for n in range(first, last + stride, stride) for d in digits]
-    bottom, top = max(t for t in marks if t <= low), min(t for t in marks if t >= high)
+    bottom = max(t for t in marks if t <= low)
+    top = min(t for t in marks if t >= high)
     return [t for t in marks if bottom <= t <= top]
 
 

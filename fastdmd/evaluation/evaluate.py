@@ -47,8 +47,8 @@ def samplers(config: Config) -> dict[str, Sampler]:
 
 def compared(config: Config) -> dict[str, Sampler]:
     """Return the samplers that a run's end compares, the student's first."""
-    found = samplers(config)
-    return found if config.validation.teacher_reference else {"student": found["student"]}
+    every = samplers(config)
+    return every if config.validation.teacher_reference else {"student": every["student"]}
 
 
 def named(config: Config, who: str) -> Sampler:

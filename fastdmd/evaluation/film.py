@@ -79,7 +79,8 @@ def comparison(folder: Path, prompts: Sequence[str], path: Path) -> None:
 
 def clipped(text: str, font: Any, width: float) -> str:
     """Return text as one line that fits."""
-    line = text = " ".join(text.split())
+    text = " ".join(text.split())
+    line = text
     while font.getlength(line) > width:
         text = text[:-1].rstrip()
         line = text + "..."

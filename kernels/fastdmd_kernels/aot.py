@@ -232,9 +232,9 @@ def main() -> int:
         return 0
     if not args.check:
         return 0
-    found = check(manifests, baseline)
-    print(f"{sum(map(len, manifests.values()))} kernels, {len(found)} problems", *found, sep="\n")
-    return 1 if found else 0
+    problems = check(manifests, baseline)
+    print(f"{sum(map(len, manifests.values()))} kernels, {len(problems)} problems", *problems, sep="\n")
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

@@ -257,11 +257,11 @@ def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _check_values(run: Implementation, device: torch.device, dtype: torch.dtype, K: int) -> None:
     """Raise RuntimeError for errors of more than 4 times the rounding of the plain composition."""
-    given = _random(SAMPLE, device, dtype, K)
-    q, k, v, dout = (x.detach().double() for x in given)
+    inputs = _random(SAMPLE, device, dtype, K)
+    q, k, v, dout = (x.detach().double() for x in inputs)
     exact = _values(_plain, q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout)
     results = zip(
-        ("out", "dq", "dk", "dv"), exact, _values(_plain, *given), _values(run, *given), strict=True
+        ("out", "dq", "dk", "dv"), exact, _values(_plain, *inputs), _values(run, *inputs), strict=True
     )
     for name, true, plain, ours in results:
         error, limit = _error(ours, true), 4 * _error(plain, true) + 1e-12

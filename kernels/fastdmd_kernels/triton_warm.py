@@ -85,7 +85,7 @@ def compiling(target: str) -> Iterator[list[bool]]:
 
     Yields a list that grows by one entry per kernel variant: whether the disk cache had it already.
     """
-    found: list[bool] = []
+    cached: list[bool] = []
     run = JITFunction.run
     listener = knobs.compilation.listener
     active = driver._active
@@ -95,10 +95,10 @@ def compiling(target: str) -> Iterator[list[bool]]:
 
     driver.set_active(_Aim(gpu_target(target)))
     JITFunction.run = compile_only
-    knobs.compilation.listener = lambda **event: found.append(event["cache_hit"])
+    knobs.compilation.listener = lambda **event: cached.append(event["cache_hit"])
     try:
         with dispatch.use("triton", launches=False), _Implementations():
-            yield found
+            yield cached
     finally:
         JITFunction.run, knobs.compilation.listener = run, listener
         driver._active = active  # not reset_active: without a GPU there is no default

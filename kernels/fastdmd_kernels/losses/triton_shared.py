@@ -87,14 +87,14 @@ def sum_partials(part_ptr, slot, i, B, chunks, CHUNKS: tl.constexpr):
 
 def check(*tensors: Tensor | None) -> None:
     """Raise ValueError for tensors that no loss kernel here reads; shapes are checked before."""
-    given = [x for x in tensors if x is not None]
-    if any(x.dtype not in FLOATS for x in given):
-        dtypes = [x.dtype for x in given]
-        raise ValueError(f"{dtypes} of shape {list(given[0].shape)}: want float32, float16 or bfloat16")
-    if any(x.device != given[0].device for x in given):
-        raise ValueError(f"tensors on different devices: {[str(x.device) for x in given]}")
-    if given[0].numel() == 0:
-        raise ValueError(f"no elements in {list(given[0].shape)}")
+    present = [x for x in tensors if x is not None]
+    if any(x.dtype not in FLOATS for x in present):
+        dtypes = [x.dtype for x in present]
+        raise ValueError(f"{dtypes} of shape {list(present[0].shape)}: want float32, float16 or bfloat16")
+    if any(x.device != present[0].device for x in present):
+        raise ValueError(f"tensors on different devices: {[str(x.device) for x in present]}")
+    if present[0].numel() == 0:
+        raise ValueError(f"no elements in {list(present[0].shape)}")
 
 
 def number(value: Scalar) -> tuple[Tensor | None, float]:

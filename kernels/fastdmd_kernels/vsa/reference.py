@@ -88,11 +88,11 @@ def check(
         raise refuse("nothing to attend to")
     if gate is not None and gate.shape != q.shape:
         raise refuse(f"the gate {list(gate.shape)} needs the shape of q")
-    given = (q, k, v) if gate is None else (q, k, v, gate)
-    if q.dtype not in DTYPES or any(x.dtype != q.dtype for x in given):
-        raise refuse(f"dtypes {[x.dtype for x in given]} are not one of {list(DTYPES)}")
-    if any(x.device != q.device for x in given):
-        raise refuse(f"on different devices {[str(x.device) for x in given]}")
+    inputs = (q, k, v) if gate is None else (q, k, v, gate)
+    if q.dtype not in DTYPES or any(x.dtype != q.dtype for x in inputs):
+        raise refuse(f"dtypes {[x.dtype for x in inputs]} are not one of {list(DTYPES)}")
+    if any(x.device != q.device for x in inputs):
+        raise refuse(f"on different devices {[str(x.device) for x in inputs]}")
     if q.shape[1] != q_tiles.L or k.shape[1] != k_tiles.L:
         raise refuse(f"grid {q_tiles.grid} has {q_tiles.L} queries, grid {k_tiles.grid} has {k_tiles.L} keys")
     if q_tiles.tile != k_tiles.tile:
