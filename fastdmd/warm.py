@@ -15,7 +15,7 @@ from fastdmd.config import Config
 from fastdmd.denoiser import Denoiser
 from fastdmd.latents import Resolution
 from fastdmd.methods import Method
-from fastdmd.models.family import Family
+from fastdmd.models.family import AnyFamily
 from fastdmd.rng import Rng
 from fastdmd.roles import Place, build_nets, roles_of
 
@@ -67,7 +67,7 @@ def step_on_meta(config: Config, sparsity: float, depth: int | None = None) -> d
     return nets
 
 
-def empty_cond(B: int, family: Family[Any, Any], architecture: Any, resolution: Resolution) -> Cond:
+def empty_cond(B: int, family: AnyFamily, architecture: Any, resolution: Resolution) -> Cond:
     """Return what B samples are conditioned on, for a network of that architecture.
 
     It is on torch's current device.

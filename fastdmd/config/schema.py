@@ -17,7 +17,7 @@ from fastdmd.methods.method import TRAINABLE
 from fastdmd.methods.score_distillation import CriticConfig
 from fastdmd.models.attention import VSAConfig
 from fastdmd.models.families import FAMILIES
-from fastdmd.models.family import Family, Options, Problems
+from fastdmd.models.family import AnyFamily, Options, Problems
 from fastdmd.models.lora import LoraConfig
 from fastdmd.optim import Config as OptimConfig
 from fastdmd.optim import EMAConfig
@@ -107,7 +107,7 @@ class Config:
         return METHODS[self.method.name](self.method, self.make_schedule(), **tables)
 
     @property
-    def family(self) -> Family[Any, Any]:
+    def family(self) -> AnyFamily:
         return FAMILIES[self.model.family]
 
     def make_schedule(self) -> Schedule:

@@ -6,7 +6,7 @@ nothing else. B batch, C channel, T frames, H W space.
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from fastdmd.data.distances import sliced_wasserstein
 from fastdmd.data.encoded import read_folders, read_sample
 from fastdmd.data.prompts import read_prompts
 from fastdmd.data.table import Config
-from fastdmd.models.family import Family
+from fastdmd.models.family import AnyFamily
 from fastdmd.rng import Rng
 
 
@@ -45,7 +45,7 @@ class ShapesWorld:
     """The built-in world: captions, places and speckle are drawn; the latent is the video itself."""
 
     def __init__(
-        self, config: Config, family: Family[Any, Any], latent_shape: tuple[int, ...], device: torch.device
+        self, config: Config, family: AnyFamily, latent_shape: tuple[int, ...], device: torch.device
     ) -> None:
         self.config = config
         self.family = family
@@ -103,7 +103,7 @@ class ShapesWorld:
 class Model(NamedTuple):
     """The frozen parts of a diffusers folder, and where they compute."""
 
-    family: Family[Any, Any]
+    family: AnyFamily
     path: str
     device: torch.device
     dtype: torch.dtype
@@ -190,7 +190,7 @@ class EncodedWorld(ModelWorld):
 
 def make_world(
     config: Config,
-    family: Family[Any, Any],
+    family: AnyFamily,
     path: str | None,
     latent_shape: tuple[int, ...],
     device: torch.device,

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -55,9 +55,16 @@ class ModelConfig:
 
 A = TypeVar("A", bound=Architecture)
 N = TypeVar("N", bound=Net)
+S = TypeVar("S", bound=Schedule)
 
 
-class Family(ABC, Generic[A, N]):
+class Scheduler(Protocol):
+    """A scheduler of diffusers, which has no types."""
+
+    def save_pretrained(self, save_directory: Path) -> object: ...
+
+
+class Family(ABC, Generic[A, N, S]):
     """A family: its folder of models/ in one form, and what it can and cannot do."""
 
     Config: ClassVar[type[ModelConfig]]  # the table [model]
@@ -85,7 +92,7 @@ class Family(ABC, Generic[A, N]):
         """Return the weights of a diffusers folder, by the names of a network."""
 
     @abstractmethod
-    def make_schedule(self, flow_shift: float | None, folder: Path | None) -> Schedule:
+    def make_schedule(self, flow_shift: float | None, folder: Path | None) -> S:
         """Return the noise schedule, of [schedule] or of a diffusers folder."""
 
     @abstractmethod
@@ -97,7 +104,7 @@ class Family(ABC, Generic[A, N]):
         """Return latents as uint8 [B, T, H, W, 3] on the host."""
 
     @abstractmethod
-    def make_scheduler(self, times: Sequence[float] | None, schedule: Any, source: Path | None) -> Any:
+    def make_scheduler(self, times: Sequence[float] | None, schedule: S, source: Path | None) -> Scheduler:
         """Return diffusers' scheduler of a student that re-noises at `times`; of many steps without times.
 
         Raise ValueError where there is none. source: the folder of the frozen parts.
@@ -105,7 +112,12 @@ class Family(ABC, Generic[A, N]):
 
     @abstractmethod
     def export(
-        self, out: Path, architecture: A, weights: Mapping[str, Tensor], scheduler: Any, source: Path | None
+        self,
+        out: Path,
+        architecture: A,
+        weights: Mapping[str, Tensor],
+        scheduler: Scheduler,
+        source: Path | None,
     ) -> None:
         """Write a diffusers folder, with the frozen parts of `source` if it has them."""
 
@@ -123,3 +135,6 @@ class Family(ABC, Generic[A, N]):
         folders: by their keys, "model.path" first; each has the network's component.
         """
         yield from ()
+
+
+AnyFamily = Family[Any, Any, Any]

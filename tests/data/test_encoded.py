@@ -19,7 +19,7 @@ from fastdmd.data.encoded import read_folders, read_sample
 from fastdmd.data.table import Config
 from fastdmd.data.world import EncodedWorld, make_world
 from fastdmd.models import component
-from fastdmd.models.family import Family
+from fastdmd.models.family import AnyFamily
 from fastdmd.models.sdxl.family import SDXLFamily
 from fastdmd.models.wan import folder as wan_folder
 from fastdmd.models.wan.family import WanFamily
@@ -66,7 +66,7 @@ class Images(SDXLFamily):
         return lambda prompts: Cond(torch.zeros(len(prompts), 1, 1))
 
 
-def world(sources: tuple[str, ...], family: Family[Any, Any] | None = None, **keys) -> EncodedWorld:
+def world(sources: tuple[str, ...], family: AnyFamily | None = None, **keys) -> EncodedWorld:
     """Return the world of folders for videos of 5 frames, or for images."""
     family = family or Lengths()
     frames = None if family.latents.temporal is None else 5

@@ -64,7 +64,7 @@ class Config(family.ModelConfig):
     architecture: Architecture | None = None
 
 
-class DotsFamily(family.Family[Architecture, Dots]):
+class DotsFamily(family.Family[Architecture, Dots, FlowSchedule]):
     Config, component, frozen = Config, "dots", ()
     latents = shapes.latents(video=False)
     conditioning, is_flow, lora_prefix = ("text_dim",), True, ""

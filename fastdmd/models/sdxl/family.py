@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class Config(family.ModelConfig):
     architecture: SDXLConfig | None = None
 
 
-class SDXLFamily(family.Family[SDXLConfig, SDXL]):
+class SDXLFamily(family.Family[SDXLConfig, SDXL, VPSchedule]):
     Config = Config
     component = "unet"
     frozen = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae")
@@ -64,7 +64,9 @@ class SDXLFamily(family.Family[SDXLConfig, SDXL]):
     def decode(self, path: str, x0: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         return frozen.decode(path, x0, device, dtype)
 
-    def make_scheduler(self, times: Sequence[float] | None, schedule: VPSchedule, source: Path | None) -> Any:
+    def make_scheduler(
+        self, times: Sequence[float] | None, schedule: VPSchedule, source: Path | None
+    ) -> family.Scheduler:
         return diffusers_folder.make_scheduler(times, schedule, source)
 
     def export(
@@ -72,7 +74,7 @@ class SDXLFamily(family.Family[SDXLConfig, SDXL]):
         out: Path,
         architecture: SDXLConfig,
         weights: Mapping[str, Tensor],
-        scheduler: Any,
+        scheduler: family.Scheduler,
         source: Path | None,
     ) -> None:
         diffusers_folder.export(out, architecture, weights, scheduler, source)

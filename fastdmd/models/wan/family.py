@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class Config(family.ModelConfig):
     architecture: WanConfig | None = None
 
 
-class WanFamily(family.Family[WanConfig, Wan]):
+class WanFamily(family.Family[WanConfig, Wan, FlowSchedule]):
     Config = Config
     component = "transformer"
     frozen = ("text_encoder", "tokenizer", "vae")
@@ -64,7 +64,7 @@ class WanFamily(family.Family[WanConfig, Wan]):
 
     def make_scheduler(
         self, times: Sequence[float] | None, schedule: FlowSchedule, source: Path | None
-    ) -> Any:
+    ) -> family.Scheduler:
         return diffusers_folder.make_scheduler(times, schedule, source)
 
     def export(
@@ -72,7 +72,7 @@ class WanFamily(family.Family[WanConfig, Wan]):
         out: Path,
         architecture: WanConfig,
         weights: Mapping[str, Tensor],
-        scheduler: Any,
+        scheduler: family.Scheduler,
         source: Path | None,
     ) -> None:
         diffusers_folder.export(out, architecture, weights, scheduler, source)
