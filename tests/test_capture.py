@@ -39,6 +39,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "lcm": ("lcm",),
     "lcm_lora": ("lcm_lora",),
     "sdxl_dmd": ("sdxl_dmd",),
+    "sdxl_dmd_gan": ("sdxl_dmd", *GAN),
     "sdxl_lcm": ("sdxl_lcm",),
     "sdxl_lcm_lora": ("sdxl_lcm_lora",),
 }

@@ -4,10 +4,9 @@ B batch, C channel, H W space, S text tokens, D cross_attention_dim, P pooled_di
 """
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Self, cast
 
 import torch
@@ -162,6 +161,11 @@ class SDXL(Net):
         self.unet: Any = UNet2DConditionModel(**config.keys())
         widths = config.block_out_channels
         self.widths = *widths, widths[-1], *reversed(widths)
+        # hooks that stay: a compiler cannot follow one that comes and goes with a call
+        self.wanted: tuple[int, ...] = ()
+        self.maps: dict[int, Tensor] = {}
+        for index, block in enumerate(self.blocks):
+            block.register_forward_hook(partial(self._keep, index))
         if config.time_cond_proj_dim is not None:  # zero, so that a student starts as its teacher
             nn.init.zeros_(self.unet.time_embedding.cond_proj.weight)
 
@@ -197,34 +201,25 @@ class SDXL(Net):
                 "SDXL needs Cond.pooled and Cond.time_ids beside the text; this world gives neither"
             )
         embedding = self._guidance_embedding(cond.guidance)
-        with self._kept(call.layers) as maps:
-            (F,) = self.unet(
-                x_t.to(dtype),
-                model_t,
-                cond.text.to(dtype),
-                timestep_cond=None if embedding is None else embedding.to(dtype),
-                added_cond_kwargs={"text_embeds": cond.pooled.to(dtype), "time_ids": cond.time_ids},
-                return_dict=False,
-            )
+        self.wanted = call.layers
+        (F,) = self.unet(
+            x_t.to(dtype),
+            model_t,
+            cond.text.to(dtype),
+            timestep_cond=None if embedding is None else embedding.to(dtype),
+            added_cond_kwargs={"text_embeds": cond.pooled.to(dtype), "time_ids": cond.time_ids},
+            return_dict=False,
+        )
+        maps = self.maps
+        # a recomputed block keeps nothing
+        self.wanted = ()
+        self.maps = {}
         return Out(F, [wide(maps[index]) for index in sorted(maps)])
 
-    @contextmanager
-    def _kept(self, layers: Sequence[int]) -> Generator[dict[int, Tensor], None, None]:
-        """Keep what the blocks `layers` return, by their index."""
-        maps: dict[int, Tensor] = {}
-
-        def keep(index: int) -> Callable[..., None]:
-            def hook(block: nn.Module, inputs: object, out: Any) -> None:
-                maps[index] = out[0] if isinstance(out, tuple) else out  # a block down also gives its skips
-
-            return hook
-
-        hooks = [self.blocks[index].register_forward_hook(keep(index)) for index in layers]
-        try:
-            yield maps
-        finally:
-            for hook in hooks:
-                hook.remove()
+    def _keep(self, index: int, block: nn.Module, inputs: object, out: Any) -> None:
+        """Keep what a block returns, where the call that runs wants it; a block down also gives its skips."""
+        if index in self.wanted:
+            self.maps[index] = out[0] if isinstance(out, tuple) else out
 
     def _guidance_embedding(self, w: Tensor | None) -> Tensor | None:
         """Return the embedding [B, G] of the guidance, None without one.
