@@ -151,6 +151,30 @@ def export(
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="A complete TOML file; its data may be elsewhere.")],
+    overrides: Overrides = None,
+    gpu: Annotated[str, typer.Option(help="a100, b200, h100, h200, mi300x, rtx4090 or rtx5090.")] = "h100",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of text.")] = False,
+) -> None:
+    """Say what CONFIG's run takes: memory by phase and role, time, updates, and whether it fits."""
+    with user_errors():
+        import json
+
+        from fastdmd import config as configs
+        from fastdmd.plan import report
+        from fastdmd.plan.estimate import make_plan
+        from fastdmd.plan.gpus import gpu_named
+
+        loaded, card = configs.load(config, overrides or (), elsewhere=True), gpu_named(gpu)
+        made = make_plan(loaded)
+        if as_json:
+            print(json.dumps(report.as_json(loaded, made, gpu, card), indent=1))
+        else:
+            print(report.page(loaded, made, gpu, card))
+
+
+@app.command()
 def warm(
     config: Annotated[Path, typer.Argument(help="The TOML file of a run that will start later.")],
     overrides: Overrides = None,

@@ -1,13 +1,14 @@
 """Optimizers with float32 master weights, learning-rate schedules, clipping by the global norm, EMA."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,15 @@ def lr_at(config: Config, step: int, max_steps: int) -> float:
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def on_gradient(parameter: nn.Parameter, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    """Call a hook whenever a parameter's gradient has been accumulated, whether or not it learns now."""
+    learns = parameter.requires_grad
+    parameter.requires_grad_(True)  # a hook cannot be put on another, and stays when this ends
+    handle = parameter.register_post_accumulate_grad_hook(hook)
+    parameter.requires_grad_(learns)
+    return handle
+
+
 class Optimizer:
     """Fused AdamW over float32 masters of a network's parameters.
 
@@ -98,14 +108,11 @@ class Optimizer:
         self.max_steps = max_steps
         self.params = params
         self.masters = {name: masters.get(name, p) for name, p in self.params.items()}
+        fused = not any(master.is_meta for master in self.masters.values())  # torch has none there
         self.adamw = torch.optim.AdamW(
-            self.masters.values(), config.lr, config.betas, config.eps, config.weight_decay, fused=True
+            self.masters.values(), config.lr, config.betas, config.eps, config.weight_decay, fused=fused
         )
-        for name, parameter in self._rounded():
-            learns = parameter.requires_grad
-            parameter.requires_grad_(True)  # a hook cannot be put on another, and stays when this ends
-            parameter.register_post_accumulate_grad_hook(partial(self._take, name))
-            parameter.requires_grad_(learns)
+        self.hooks = [on_gradient(p, partial(self._take, name)) for name, p in self._rounded()]
 
     def accumulate(self, name: str, grad: Tensor) -> None:
         """Add a micro-batch's gradient to the master's, in float32: in bfloat16 64 of them lose 0.8 %.

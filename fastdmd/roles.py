@@ -65,11 +65,11 @@ def build_nets(
     method: Method,
     schedule: Schedule,
     place: Place,
-    depth: int | None = None,
+    depths: Mapping[str, int] | None = None,
 ) -> dict[str, Built]:
     """Build the network of each role.
 
-    depth: of the blocks that are alike, at most so many; on the meta device only.
+    depths: by role, at most so many of the blocks that are alike; on the meta device only.
     """
     built: dict[str, Built] = {}
     for name, role in roles.items():
@@ -77,7 +77,7 @@ def build_nets(
             net = make_heads(config, method, {k: b.denoiser for k, b in built.items()}, place)
             masters = {}
         else:
-            net, masters = make_net(config, role, place, depth)
+            net, masters = make_net(config, role, place, (depths or {}).get(name))
         trainable = lora_parameters(net, role.lora.modules) if role.lora else None
         denoiser = Denoiser(net, schedule, trainable)
         denoiser.learn(False)

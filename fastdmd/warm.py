@@ -35,7 +35,9 @@ def nets_on_meta(config: Config, method: Method, depth: int | None = None) -> di
     depth: of the blocks that are alike, at most so many; absent: all.
     """
     place = Place(torch.device("meta"), config.precision.dtype)
-    built = build_nets(config, roles_of(config), method, config.make_schedule(), place, depth)
+    roles = roles_of(config)
+    depths = None if depth is None else dict.fromkeys(roles, depth)
+    built = build_nets(config, roles, method, config.make_schedule(), place, depths)
     return {name: each.denoiser for name, each in built.items()}
 
 
@@ -67,13 +69,15 @@ def step_on_meta(config: Config, sparsity: float, depth: int | None = None) -> d
     return nets
 
 
-def empty_cond(B: int, family: AnyFamily, architecture: Any, resolution: Resolution) -> Cond:
+def empty_cond(
+    B: int, family: AnyFamily, architecture: Any, resolution: Resolution, text_tokens: int = TEXT_TOKENS
+) -> Cond:
     """Return what B samples are conditioned on, for a network of that architecture.
 
     It is on torch's current device.
     """
     pooled = torch.empty(B, architecture.pooled_dim) if "pooled_dim" in family.conditioning else None
-    cond = Cond(torch.empty(B, TEXT_TOKENS, architecture.text_dim), pooled)
+    cond = Cond(torch.empty(B, text_tokens, architecture.text_dim), pooled)
     return family.sized(cond, resolution)
 
 

@@ -145,12 +145,6 @@ def _check_data(config: Config) -> Problems:
             "random weights have no text encoder and VAE, which this data needs; give model.path instead",
         )
         return
-    parts = () if builtin or not path else config.family.frozen
-    if absent := [part for part in parts if not (Path(path or "") / part).is_dir()]:
-        yield (
-            "model.path",
-            f"{path!r} has no {', '.join(absent)}, which prompts need; name a whole diffusers folder",
-        )
     C, *latent = config.latent_shape()
     what = "'shapes'" if builtin else "the VAE"
     needed = {"in_channels": (C, what), "out_channels": (C, what)}
@@ -180,6 +174,17 @@ def _check_data(config: Config) -> Problems:
                     f"data.{name}",
                     f"{n} latents along one side are no multiple of patch {grain}; use more or fewer",
                 )
+
+
+def _check_parts(config: Config) -> Problems:
+    """Check that the parts are there which encode prompts and decode latents."""
+    path = config.model.path
+    parts = () if config.data.kind == "shapes" or not path else config.family.frozen
+    if absent := [part for part in parts if not (Path(path or "") / part).is_dir()]:
+        yield (
+            "model.path",
+            f"{path!r} has no {', '.join(absent)}, which prompts need; name a whole diffusers folder",
+        )
 
 
 def _text_widths(config: Config) -> dict[str, int]:
@@ -266,7 +271,9 @@ CHECKS: dict[Callable[[Config], Problems], set[str]] = {  # by the tables that e
     _check_weights: {"method", "model", "student", "teacher", "critic"},
     _check_sizes: {"model", "data"},
     _check_data: {"method", "model", "student", "teacher", "critic", "rollout", "data"},
+    _check_parts: {"model", "data"},
     _check_frames: {"model", "data", "rollout"},
     _check_blocks: {"method", "model", "data", "validation"},
     _check_prompts: {"model", "data", "validation"},
 }
+OF_THIS_MACHINE = {_check_parts}

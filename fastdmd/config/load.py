@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from fastdmd.config import strict, toml
-from fastdmd.config.checks import CHECKS
+from fastdmd.config.checks import CHECKS, OF_THIS_MACHINE
 from fastdmd.config.schema import OPTIONAL_TABLES, Config
 
 PATHS = (  # the keys that name files or folders, and what they may have beside them
@@ -17,10 +17,12 @@ PATHS = (  # the keys that name files or folders, and what they may have beside 
 WORDS = ("", "shapes", "latest")
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load(path: str | Path, overrides: Sequence[str] = (), *, elsewhere: bool = False) -> Config:
     """Read and check a whole configuration; ConfigError with all that is wrong. No weight is touched.
 
     `~` is the user's home. The paths of what is returned are absolute, so that it opens from anywhere.
+    elsewhere: the run will be on another machine: its data, the parts that encode it and its device are not
+    looked for.
     """
     source = toml.read(Path(path), overrides)
     for table, name in (key.split(".") for key in PATHS):
@@ -29,8 +31,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             values[name] = _each(os.path.expanduser, values[name])
     config, tables = _convert(source)
     for check, needs in CHECKS.items():
-        for key, message in check(config) if needs <= set(tables) else ():
-            source.error(tuple(key.split(".")), message)
+        if needs <= set(tables) and not (elsewhere and check in OF_THIS_MACHINE):
+            for key, message in check(config):
+                source.error(tuple(key.split(".")), message)
+    if elsewhere:
+        source.forget(("data", "sources"), ("run", "device"))
     source.raise_errors()
     return _absolute(config)
 

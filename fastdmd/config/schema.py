@@ -128,6 +128,10 @@ class Config:
         """Return the number of latent frames (1 for images)."""
         return self.latents.frames(self.data.frames)
 
+    def text_tokens(self) -> int:
+        """Return the tokens of an encoded prompt."""
+        return shapes.TEXT_TOKENS if self.data.kind == "shapes" else self.family.text_tokens
+
     def role_source(self, role: str) -> tuple[str, str | None]:
         """Return the key that a role's weights come from, and the diffusers folder that it names.
 

@@ -36,6 +36,11 @@ class Source:
             where = f"{self.path}:{line}" if known else str(self.path)
         self.errors.setdefault(key, (line, f"{where}: {dotted(key)}: {message}"))
 
+    def forget(self, *keys: Key) -> None:
+        """Take back what is wrong with keys."""
+        for key in keys:
+            self.errors.pop(key, None)
+
     def raise_errors(self) -> None:
         if self.errors:
             raise ConfigError("\n".join(message for _, message in sorted(self.errors.values())))

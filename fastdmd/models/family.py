@@ -73,6 +73,7 @@ class Family(ABC, Generic[A, N, S]):
     latents: ClassVar[LatentSpec]
     # of an architecture, the widths of prompts' embeddings: text_dim of Cond.text, pooled_dim of Cond.pooled
     conditioning: ClassVar[tuple[str, ...]]
+    text_tokens: ClassVar[int]  # of an encoded prompt
     is_flow: ClassVar[bool]  # whether it predicts velocities, at times that [schedule] shifts
     lora_prefix: ClassVar[str]  # of names in a file of adapters
 

@@ -67,7 +67,7 @@ class Config(family.ModelConfig):
 class DotsFamily(family.Family[Architecture, Dots, FlowSchedule]):
     Config, component, frozen = Config, "dots", ()
     latents = shapes.latents(video=False)
-    conditioning, is_flow, lora_prefix = ("text_dim",), True, ""
+    conditioning, text_tokens, is_flow, lora_prefix = ("text_dim",), shapes.TEXT_TOKENS, True, ""
 
     def read_config(self, folder):
         raw = component.read_config(folder, "dots", "Dots", "dots")

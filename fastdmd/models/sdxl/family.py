@@ -40,6 +40,7 @@ class SDXLFamily(family.Family[SDXLConfig, SDXL, VPSchedule]):
         usual_resolution=(1024, 1024),
     )
     conditioning = ("text_dim", "pooled_dim")
+    text_tokens = 77
     is_flow = False
     lora_prefix = ""  # the names have "unet." already
 

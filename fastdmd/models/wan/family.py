@@ -12,7 +12,7 @@ from fastdmd.latents import LatentSpec
 from fastdmd.models import family
 from fastdmd.models.component import Weights
 from fastdmd.models.wan import folder as diffusers_folder
-from fastdmd.models.wan import frozen
+from fastdmd.models.wan import frozen as frozen_parts
 from fastdmd.models.wan.causal import CausalWan
 from fastdmd.models.wan.layers import WanConfig
 from fastdmd.models.wan.net import Wan
@@ -39,6 +39,7 @@ class WanFamily(family.Family[WanConfig, Wan, FlowSchedule]):
         usual_resolution=(480, 832),
     )
     conditioning = ("text_dim",)
+    text_tokens = frozen_parts.TEXT_TOKENS
     is_flow = True
     lora_prefix = "transformer."
 
@@ -57,10 +58,10 @@ class WanFamily(family.Family[WanConfig, Wan, FlowSchedule]):
         return FlowSchedule(flow_shift)
 
     def encoder(self, path: str, device: torch.device, dtype: torch.dtype) -> family.Encoder:
-        return frozen.TextEncoder(path, device, dtype)
+        return frozen_parts.TextEncoder(path, device, dtype)
 
     def decode(self, path: str, x0: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-        return frozen.decode(path, x0, device, dtype)
+        return frozen_parts.decode(path, x0, device, dtype)
 
     def make_scheduler(
         self, times: Sequence[float] | None, schedule: FlowSchedule, source: Path | None

@@ -1,0 +1,203 @@
+"""A plan of a run: the peak of its memory, its work and its time, from traces of a few blocks.
+
+Blocks of a network are alike, so bytes and work are linear in their number from the second on: traces of 2, 3
+and 4 blocks give those of all, exactly. Where a network has fewer, or roles differ in depth, or heads sit on
+blocks by number, all blocks are traced.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastdmd.config import Config
+from fastdmd.models.net import Architecture
+from fastdmd.plan.gpus import GPU
+from fastdmd.plan.live import Phase
+from fastdmd.plan.step import Depths, Phases, Trace, cycle, trace
+from fastdmd.plan.work import Work
+from fastdmd.roles import Role, read_architecture, roles_of
+
+LEAST, MOST = 2, 4  # blocks of a trace
+MARGIN, RESERVE = (
+    1.05,
+    1_500_000_000,
+)  # what has to fit: fragments of the allocator; CUDA's context and libraries
+DEEPEST = 1000
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """A phase of a step at the peak of its memory, and its work for one micro-batch."""
+
+    peak: int
+    by: Mapping[str, int]  # bytes by "kind, role" at the peak
+    work: Work
+    recomputed: Work
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes."""
+
+    phases: Mapping[str, PhasePlan]  # by "STEP: phase, part"
+    cycle: Sequence[Phases]
+    peak: int
+    peak_phase: str
+    by: Mapping[str, int]
+    work: Work  # of a cycle
+    recomputed: Work
+    parameters: Mapping[str, int]
+    trained: Mapping[str, int]
+    checkpoint: int  # bytes
+
+    @property
+    def need(self) -> int:
+        """Return the bytes that a device must have."""
+        return round(self.peak * MARGIN) + RESERVE
+
+    def fits(self, gpu: GPU) -> bool:
+        return self.need <= gpu.memory
+
+    def seconds(self, gpu: GPU) -> float:
+        """Return the time of a cycle."""
+        return sum(gpu.seconds(self.work).values())
+
+
+def full_depth(architecture: Architecture) -> int:
+    """Return how many blocks that are alike an architecture has."""
+    return next(n for n in range(1, DEEPEST) if architecture.shallow(n) == architecture)
+
+
+def depths_of(config: Config) -> Depths | None:
+    """Return the blocks of each role's network; None where heads sit on blocks that would be left out."""
+    roles = roles_of(config)
+    networks = {name: role for name, role in roles.items() if role.how != "heads"}
+    if len(networks) < len(roles) and heads_count(config, next(iter(networks.values()))):
+        return None
+    return {name: full_depth(read_architecture(config, role)) for name, role in networks.items()}
+
+
+def heads_count(config: Config, role: Role) -> bool:
+    """Return whether the blocks that a discriminator's heads sit on are those that are left out."""
+    architecture = read_architecture(config, role)
+    with torch.device("meta"):
+        few = [config.family.make(architecture.shallow(n), role.options) for n in (LEAST, MOST)]
+    return len(few[0].widths) != len(few[1].widths)
+
+
+def make_plan(config: Config) -> Plan:
+    """Plan a run; nothing is loaded but shapes."""
+    first = traces(config)
+    last = traces(config, last_exit=True) if config.rollout else first
+    uniform = config.rollout is not None and config.rollout.exit == "uniform"
+    phases: dict[str, PhasePlan] = {}
+    for name, one in first.phases.items():
+        other = last.phases[name]
+        most = max(one, other, key=lambda phase: phase.peak)
+        # work is linear in the exit step, and exits are uniform: the mean is that of both ends
+        share = 0.5 if uniform else 0.0
+        work, recomputed = (
+            a * share + b * (1 - share)
+            for a, b in ((one.work, other.work), (one.recomputed, other.recomputed))
+        )
+        phases[name] = PhasePlan(most.peak, most.by, work, recomputed)
+    # a step's micro-batches are made before it, and each keeps what its phases share
+    others = config.run.grad_accum - 1
+    peaks = {name: phase.peak + others * phase.by.get("inputs", 0) for name, phase in phases.items()}
+    where = max(peaks, key=lambda name: peaks[name])
+    by = Counter(phases[where].by)
+    by["inputs"] += others * by["inputs"]
+    steps = cycle(config.make_method())
+    return Plan(
+        phases=phases,
+        cycle=steps,
+        peak=peaks[where],
+        peak_phase=where,
+        by=by,
+        work=of_cycle(config, steps, phases, lambda phase: phase.work),
+        recomputed=of_cycle(config, steps, phases, lambda phase: phase.recomputed),
+        parameters=first.parameters,
+        trained=first.trained,
+        checkpoint=checkpoint_bytes(config, first),
+    )
+
+
+def of_cycle(
+    config: Config,
+    steps: Sequence[Phases],
+    phases: Mapping[str, PhasePlan],
+    part: Callable[[PhasePlan], Work],
+) -> Work:
+    """Return the work of all steps of a cycle, with all their micro-batches."""
+    counts = Counter(" + ".join(step) for step in steps)
+    work = Work()
+    for name, phase in phases.items():
+        times = counts[name.partition(":")[0]]
+        if not name.endswith("optimizer"):
+            times *= config.run.grad_accum
+        work += part(phase) * times
+    return work
+
+
+def checkpoint_bytes(config: Config, found: Trace) -> int:
+    """Return the bytes of a checkpoint: float32 masters, two moments, and the student's average."""
+    numbers = 3 * sum(found.trained.values())
+    if config.ema:
+        numbers += found.trained["student"]
+    return 4 * numbers
+
+
+def traces(config: Config, last_exit: bool = False) -> Trace:
+    """Return the trace of all blocks, from those of a few where that is exact.
+
+    Networks of one depth grow together, by a block; those of another one apart.
+    """
+    depths = depths_of(config)
+    if depths is None or min(depths.values()) <= MOST:
+        return trace(config, None, last_exit)
+    base = trace(config, dict.fromkeys(depths, LEAST), last_exit)
+    kinds = sorted(set(depths.values()))
+    more = {
+        depth: trace(config, {name: LEAST + (n == depth) for name, n in depths.items()}, last_exit)
+        for depth in kinds
+    }
+    if not last_exit:  # is it a line?
+        further = trace(config, dict.fromkeys(depths, MOST))
+        guess = extended(base, more, dict.fromkeys(kinds, MOST - LEAST))
+        if any(phase.peak != guess.phases[name].peak for name, phase in further.phases.items()):
+            return trace(config, None)
+    return extended(base, more, {depth: depth - LEAST for depth in kinds})
+
+
+def extended(base: Trace, more: Mapping[int, Trace], blocks: Mapping[int, int]) -> Trace:
+    """Return the trace of more blocks than `base` has.
+
+    more: by kind of network, with one block more of it; blocks: how many more there are.
+    """
+
+    def line(part: Callable[[Trace], Any]) -> Any:
+        start = part(base)
+        total = start
+        for kind, one in more.items():
+            total += (part(one) - start) * blocks[kind]
+        return total
+
+    def each(part: Callable[[Trace], Mapping[str, int]]) -> dict[str, int]:
+        keys = dict.fromkeys(key for one in (base, *more.values()) for key in part(one))
+        return {key: line(lambda one, key=key: part(one).get(key, 0)) for key in keys}
+
+    phases = {
+        name: Phase(
+            line(lambda one, name=name: one.phases[name].peak),
+            Counter(each(lambda one, name=name: one.phases[name].by)),
+            line(lambda one, name=name: one.phases[name].work),
+            line(lambda one, name=name: one.phases[name].recomputed),
+        )
+        for name in base.phases
+    }
+    return Trace(
+        phases, each(lambda one: one.fixed), each(lambda one: one.parameters), each(lambda one: one.trained)
+    )

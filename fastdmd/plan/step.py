@@ -1,0 +1,185 @@
+"""A cycle of a run on the meta device: its nets, losses, backwards and optimizers, under `Live`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from fastdmd.batch import Batch
+from fastdmd.config import Config
+from fastdmd.denoiser import Denoiser
+from fastdmd.methods import Method
+from fastdmd.methods.method import TRAINABLE
+from fastdmd.optim import EMA, Optimizer, on_gradient
+from fastdmd.plan.live import Live, Phase
+from fastdmd.plan.ops import Fused, backward
+from fastdmd.plan.work import Work
+from fastdmd.roles import Built, Place, Role, build_nets, roles_of
+from fastdmd.warm import MetaRng, empty_cond
+
+Phases = tuple[str, ...]
+Depths = Mapping[str, int]
+LONGEST = 64  # steps of a cycle
+# that an update moves for each parameter that learns: AdamW 7 floats, clipping 3, a master's rounding 6 bytes
+UPDATE_BYTES = 46
+
+
+@dataclass
+class Trace:
+    """What a cycle of steps takes, by "STEP: phase", where STEP is the phases that a step has."""
+
+    phases: Mapping[str, Phase] = field(default_factory=dict[str, Phase])
+    fixed: Mapping[str, int] = field(
+        default_factory=dict[str, int]
+    )  # bytes that are there between steps, by kind
+    parameters: Mapping[str, int] = field(default_factory=dict[str, int])  # of each role's network
+    trained: Mapping[str, int] = field(default_factory=dict[str, int])  # of those, what learns
+
+
+class ExitRng(MetaRng):
+    """Draws of the meta device in which every rollout exits at one end of the student's steps."""
+
+    last = False
+
+    def shared_integer(self, high: int) -> int:
+        return high - 1 if self.last else 0
+
+
+def cycle(method: Method) -> list[Phases]:
+    """Return the phases of each step of a cycle, the shortest that a run repeats."""
+    steps = [method.phases(step) for step in range(2 * LONGEST)]
+    for length in range(1, LONGEST + 1):
+        if all(steps[i] == steps[i % length] for i in range(2 * LONGEST)):
+            return steps[:length]
+    raise AssertionError(f"no cycle of up to {LONGEST} steps")
+
+
+def trace(config: Config, depths: Depths | None, last_exit: bool = False) -> Trace:
+    """Trace every kind of step of a cycle.
+
+    depths: of the blocks that are alike, by role; None: all.
+    """
+    method, schedule = config.make_method(), config.make_schedule()
+    place = Place(torch.device("meta"), config.precision.dtype)
+    roles = roles_of(config)
+    live, found = Live(), Trace()
+    with Fused(live.before), live:
+        live.begin("build")
+        built = build_nets(config, roles, method, schedule, place, depths)
+        nets = {name: each.denoiser for name, each in built.items()}
+        optimizers = {name: hold_role(live, config, roles[name], each) for name, each in built.items()}
+        trained = {name: optimizer for name, optimizer in optimizers.items() if optimizer}
+        found.parameters = {name: sum(p.numel() for p in d.net.parameters()) for name, d in nets.items()}
+        found.trained = {name: sum(m.numel() for m in o.masters.values()) for name, o in trained.items()}
+        if config.ema:
+            with live.made_as("average, student"):
+                ema = EMA(trained["student"].masters, config.ema)
+        else:
+            ema = None
+        sparse(config, nets)
+        batch = inputs(live, config, nets["student"])
+        found.fixed = {kind: size for kind, size in live.by.items() if size}
+        live.phases.clear()
+        for phases in dict.fromkeys(cycle(method)):
+            step(live, config, method, nets, trained, batch, phases, last_exit)
+        for optimizer in trained.values():
+            for hook in optimizer.hooks:  # from a parameter to its optimizer and back: it would stay
+                hook.remove()
+        del ema
+    found.phases = {name: phase for name, phase in live.phases.items() if name}
+    return found
+
+
+def hold_role(live: Live, config: Config, role: Role, built: Built) -> Optimizer | None:
+    """Say what a role's tensors are for, and give it its masters and moments where it learns."""
+    denoiser, name = built.denoiser, role.name
+    adapters = [p for key, p in denoiser.net.named_parameters() if ".lora_" in key]
+    live.hold(denoiser.net.parameters(), f"weights, {name}")
+    live.hold(denoiser.net.buffers(), f"weights, {name}")
+    live.hold(adapters, f"adapters, {name}")
+    if name not in TRAINABLE:
+        return None
+    masters: dict[str, Tensor] = {}
+    with live.made_as(f"masters, {name}"):
+        for key, p in denoiser.trainable.items():
+            if p.dtype != torch.float32:
+                masters[key] = torch.empty(p.shape, dtype=torch.float32, device="meta")
+    optimizer = Optimizer(denoiser.trainable, config.optim[name], config.run.max_steps, masters)
+    for key, p in denoiser.trainable.items():
+        optimizer.hooks.append(on_gradient(p, partial(hold_gradient, live, optimizer, key, name)))
+    with live.made_as(f"moments, {name}"):
+        for master in optimizer.masters.values():
+            moments = {kind: torch.empty_like(master) for kind in ("exp_avg", "exp_avg_sq")}
+            optimizer.adamw.state[master] = {**moments, "step": torch.zeros(())}
+    return optimizer
+
+
+def hold_gradient(live: Live, optimizer: Optimizer, key: str, role: str, _: Tensor) -> None:
+    """Say what a gradient is for, after the optimizer took it."""
+    grad = optimizer.masters[key].grad
+    assert grad is not None
+    live.hold([grad], f"gradients, {role}")
+
+
+def sparse(config: Config, nets: dict[str, Denoiser]) -> None:
+    """Set the sparsity that a run ends at."""
+    for role, denoiser in nets.items():
+        if config.vsa and config.role_options(role).tile:
+            denoiser.keep(config.vsa.sparsity, config.latent_shape())
+
+
+def inputs(live: Live, config: Config, student: Denoiser) -> Batch:
+    """Return a micro-batch as the data gives it."""
+    run, shape, dtype = config.run, config.latent_shape(), config.precision.dtype
+    with live.made_as("inputs"), torch.device("meta"):
+        arguments = config.family, student.net.config, config.data.resolution, config.text_tokens()
+        cond, uncond = (empty_cond(run.batch_size, *arguments) for _ in range(2))
+        cond, uncond = (replace(each, text=each.text.to(dtype)) for each in (cond, uncond))
+        x0 = None if config.data.kind == "prompts" else torch.empty(run.batch_size, *shape)
+    return Batch(cond, uncond, shape, x0)
+
+
+def step(
+    live: Live,
+    config: Config,
+    method: Method,
+    nets: dict[str, Denoiser],
+    optimizers: dict[str, Optimizer],
+    batch: Batch,
+    phases: Phases,
+    last_exit: bool,
+) -> None:
+    """Take one micro-batch through the phases of a step, as a step's last: the gradients of others are there.
+
+    The optimizer's work is counted and not done: torch has no fused AdamW on the meta device.
+    """
+    carry: dict[str, Any] = {}
+    several = config.run.grad_accum > 1
+    for index, phase in enumerate(phases):
+        learning = method.trains(phase)
+        for role, denoiser in nets.items():
+            denoiser.learn(role in learning)
+        where = f"{' + '.join(phases)}: {phase}"
+        live.begin(f"{where}, forward")
+        for role in learning if several else ():
+            with live.made_as(f"gradients, {role}"):
+                for master in optimizers[role].masters.values():
+                    master.grad = torch.empty_like(master)
+        rng = ExitRng(config.run.seed, 0, f"{phase}{index}", range(config.run.batch_size), "cpu")
+        rng.last = last_exit
+        draws = method.draw(phase, rng, batch.latent_shape, carry)
+        loss, metrics = method.loss(phase, nets, batch, draws, carry)
+        live.hold((x for x in tree_leaves(carry) if live.counts(x)), "inputs")
+        live.begin(f"{where}, backward")
+        backward(loss / config.run.grad_accum)
+        del loss, metrics, draws
+        live.begin(f"{where}, optimizer")
+        for role in learning:
+            parameters = sum(master.numel() for master in optimizers[role].masters.values())
+            live.phase.work += Work(traffic=UPDATE_BYTES * parameters)
+            optimizers[role].adamw.zero_grad()
+    live.begin("")

@@ -1,0 +1,140 @@
+"""Test a plan's memory against the allocator's record of a real step, and its extrapolation bit for bit."""
+
+import gc
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import ARCHITECTURE, UNET, make_config, write_wan
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from fastdmd import config as configs
+from fastdmd import train
+from fastdmd.config import Config
+from fastdmd.models.sdxl import folder as sdxl_folder
+from fastdmd.models.sdxl.net import SDXL
+from fastdmd.plan import live, ops
+from fastdmd.plan.estimate import traces
+from fastdmd.plan.ops import Fused
+from fastdmd.plan.step import trace
+from fastdmd.run import build
+
+SIZE = ("data.resolution=[24, 24]", "data.frames=6")
+VSA = ("vsa={sparsity=0.5, tile=[2, 2, 2]}", "model.attention.student='vsa'", "model.attention.critic='vsa'")
+LAST = "rollout.exit='last'"  # every step is what its plan is of
+FORMS: dict[str, tuple[str, ...]] = {
+    "dmd": ("dmd", LAST),
+    "dmd_full": ("dmd", LAST, "memory.checkpointing='full'"),
+    "dmd_sparse": ("dmd", LAST, *VSA),
+    "dmd_two": ("dmd", LAST, "run.grad_accum=2"),
+    "lcm": ("lcm",),
+    "lcm_lora": ("lcm_lora",),
+}
+
+
+def config_of(here: Path, form: str, heads: int = 4, layers: int = 3) -> Config:
+    """Return a configuration on a Wan of 24 channels a head, at sizes where activations outweigh the rest."""
+    name, *overrides = FORMS[form]
+    make_config(here, name)
+    shape = {"num_attention_heads": heads, "attention_head_dim": 24, "ffn_dim": 64 * heads}
+    write_wan(here / "wan", replace(ARCHITECTURE, num_layers=layers, **shape))
+    return configs.load(here / f"{name}.toml", [*overrides, *SIZE])
+
+
+def allocated(run: Callable[[], object]) -> int:
+    """Return the most bytes that the CPU's allocator had given out in a call, above those before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        run()
+    assert record.profiler is not None
+    total = most = 0
+    for event in record.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            total += event.nbytes()
+            most = max(most, total)
+    return most
+
+
+@pytest.mark.parametrize(("form", "heads"), [*((form, 4) for form in FORMS), ("dmd", 8), ("dmd_sparse", 8)])
+def test_the_peak_is_the_allocator_s_within_a_percent(tmp_path, form, heads, monkeypatch):
+    """Compare the second step, when AdamW has its moments; a CPU does not round sizes up."""
+    monkeypatch.setattr(live, "ROUND", 1)
+    config = config_of(tmp_path, form, heads)
+    plan, run = trace(config, None, last_exit=True), build(config)
+    monkeypatch.setattr(Tensor, "backward", ops.backward)
+    with Fused(lambda grad_enabled: None):
+        train.take_step(run)
+        measured = allocated(lambda: train.take_step(run))
+    taken = " + ".join(run.method.phases(1))
+    peak = max(phase.peak for name, phase in plan.phases.items() if name.startswith(f"{taken}:"))
+    inputs = plan.fixed["inputs"]  # which a step makes, and for all its micro-batches
+    before = sum(plan.fixed.values()) - inputs
+    assert measured == pytest.approx(peak - before + (config.run.grad_accum - 1) * inputs, rel=0.01)
+
+
+def same(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Compare mappings, in which a key without bytes may be absent."""
+    return all(first.get(key, 0) == second.get(key, 0) for key in {**first, **second})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("form", "last_exit"), [("dmd_full", False), ("dmd_sparse", True), ("lcm_lora", False)]
+)
+def test_a_few_blocks_give_the_bytes_of_all(tmp_path, form, last_exit, monkeypatch):
+    assert_exact(config_of(tmp_path, form, layers=6), last_exit, monkeypatch)
+
+
+@pytest.mark.slow
+def test_networks_of_several_depths_grow_apart(tmp_path, monkeypatch):
+    config_of(tmp_path, "dmd", layers=6)
+    write_wan(tmp_path / "teacher", replace(ARCHITECTURE, num_layers=9))
+    config = configs.load(tmp_path / "dmd.toml", [LAST, *SIZE, f"teacher.path='{tmp_path}/teacher'"])
+    assert_exact(config, True, monkeypatch)
+
+
+@pytest.mark.slow
+def test_an_sdxl_of_many_blocks(tmp_path, monkeypatch):
+    config = make_config(tmp_path, "sdxl_dmd", LAST)
+    deep = replace(UNET, transformer_layers_per_block=(1, 6))
+    with torch.random.fork_rng(devices=[]):
+        weights = SDXL(deep).state_dict()
+    sdxl_folder.save(tmp_path / "sdxl", deep, weights)
+    assert_exact(config, True, monkeypatch)
+
+
+def assert_exact(config: Config, last_exit: bool, monkeypatch) -> None:
+    whole = trace(config, None, last_exit)
+    depths = []
+    monkeypatch.setattr(
+        "fastdmd.plan.estimate.trace", lambda *given: depths.append(given[1]) or trace(*given)
+    )
+    few = traces(config, last_exit)
+    assert all(depth is not None and max(depth.values()) <= 4 for depth in depths)
+    for name, phase in whole.phases.items():
+        assert few.phases[name].peak == phase.peak, name
+        assert same(few.phases[name].by, phase.by), name
+        assert vars(few.phases[name].work) == pytest.approx(vars(phase.work)), name
+        assert vars(few.phases[name].recomputed) == pytest.approx(vars(phase.recomputed)), name
+    assert same(few.fixed, whole.fixed)
+    assert same(few.parameters, whole.parameters)
+    assert same(few.trained, whole.trained)
+
+
+def on_meta() -> int:
+    """Count the tensors of the meta device that are alive."""
+    gc.collect()
+    return sum(issubclass(type(x), Tensor) and x.is_meta for x in gc.get_objects())
+
+
+def test_no_tensor_of_a_plan_stays(tmp_path):
+    """A real step after a plan would meet what a cache kept."""
+    config = config_of(tmp_path, "dmd_sparse")
+    before = on_meta()
+    trace(config, None)
+    assert on_meta() == before
+    assert json.dumps(train.take_step(build(config)))
