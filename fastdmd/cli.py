@@ -72,6 +72,7 @@ def one_process() -> None:
 def train(
     config: Annotated[Path, typer.Argument(help="A complete TOML file; see configs/.")],
     overrides: Overrides = None,
+    force: Annotated[bool, typer.Option("--force", help="Start a run that cannot fit.")] = False,
 ) -> None:
     """Distil (or pre-train) as CONFIG says; goes on from the newest checkpoint of its output_dir."""
     with user_errors():
@@ -81,7 +82,7 @@ def train(
 
         loaded = configs.load(config, overrides or ())
         try:
-            run = trainer.train(loaded)
+            run = trainer.train(loaded, force)
         except runs.Diverged as e:
             raise failure(str(e), DIVERGED) from None
         except (runs.Interrupted, KeyboardInterrupt) as e:
@@ -165,6 +166,7 @@ def plan(
         from fastdmd.plan import report
         from fastdmd.plan.estimate import make_plan
         from fastdmd.plan.gpus import gpu_named
+        from fastdmd.plan.levers import largest_batch, remedies
 
         loaded, card = configs.load(config, overrides or (), elsewhere=True), gpu_named(gpu)
         made = make_plan(loaded)
@@ -172,6 +174,10 @@ def plan(
             print(json.dumps(report.as_json(loaded, made, gpu, card), indent=1))
         else:
             print(report.page(loaded, made, gpu, card))
+            if made.fits(card):
+                print(f"largest micro-batch that fits: {largest_batch(loaded, made, card)}")
+            else:
+                print(*remedies(loaded, made, card), sep="\n")
 
 
 @app.command()

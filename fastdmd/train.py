@@ -17,6 +17,7 @@ from fastdmd import checkpoint
 from fastdmd import config as configs
 from fastdmd.batch import Batch
 from fastdmd.config import Config
+from fastdmd.device import pick_device
 from fastdmd.evaluation.evaluate import finish, validate_step
 from fastdmd.export import exported_scheduler
 from fastdmd.files import locked, make_folder, write_atomic
@@ -24,15 +25,16 @@ from fastdmd.flops import step_flops
 from fastdmd.hardware import peak_flops, peak_memory_gb
 from fastdmd.log import Progress, RunLog
 from fastdmd.methods.method import mean_metrics
+from fastdmd.plan.preflight import gpu_of, preflight
 from fastdmd.resume import refuse_another, restore, save
 from fastdmd.rng import Rng
 from fastdmd.run import Diverged, Interrupted, Run, build, follow_average, set_sparsity
 
 
-def train(config: Config) -> Run:
+def train(config: Config, force: bool = False) -> Run:
     """Run to max_steps, from the newest checkpoint if there is one.
 
-    Interrupted or Diverged stop it earlier.
+    Interrupted or Diverged stop it earlier. On a GPU a run that cannot fit is refused, unless `force`.
     """
     exported_scheduler(config)  # no days of training for a student that cannot be exported
     folder = Path(config.run.output_dir)
@@ -40,6 +42,9 @@ def train(config: Config) -> Run:
     every = config.validation.every
     make_folder(folder)
     with locked(folder):
+        device = pick_device(config.run.device)
+        if device.type == "cuda":
+            preflight(config, *gpu_of(device), force)
         run = start(config, folder)
         peak = peak_flops(run.device, config.precision.dtype)
         with stop_on_signals(run), RunLog(config.logging, folder, run.step) as log:

@@ -16,6 +16,7 @@ from fastdmd.files import write_atomic
 from fastdmd.hardware import peak_memory_gb
 from fastdmd.log import RunLog, finite
 from fastdmd.methods.method import Sampler
+from fastdmd.plan.preflight import planned_gb
 from fastdmd.resume import restored
 from fastdmd.run import Run
 
@@ -118,6 +119,7 @@ def finish(run: Run) -> None:
         "steps": run.step,
         "seconds": round(run.seconds, 1),
         "peak_mem_gb": round(peak_memory_gb(run.device), 3),
+        "planned_peak_gb": planned_gb(run.folder),
     }
     write_atomic(run.folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
     shown = validate.prompts_for(run.config.validation, run.world)[: run.config.validation.show]

@@ -63,6 +63,16 @@ GPUS = {
     "rtx4090": _gpu(24_564, 150, (145, 115), (85, 70), 0.92),
 }
 
+NAMES = {  # as the driver calls them
+    "h100": "H100",
+    "h200": "H200",
+    "b200": "B200",
+    "a100": "A100",
+    "mi300x": "MI300X",
+    "rtx5090": "RTX 5090",
+    "rtx4090": "RTX 4090",
+}
+
 
 def gpu_named(name: str) -> GPU:
     """Return a GPU of the table; ValueError for another name."""

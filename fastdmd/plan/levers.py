@@ -1,0 +1,43 @@
+"""What would make a run smaller, cheapest first, and what each saves."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from fastdmd.config import Config
+from fastdmd.plan.estimate import Plan, make_plan
+from fastdmd.plan.gpus import GPU
+
+
+def levers(config: Config) -> Iterator[tuple[str, Config]]:
+    """Yield changes that take memory off and change no result, each on top of the others."""
+    size = config.run.batch_size
+    if size > 1:
+        accum = config.run.grad_accum * size
+        config = replace(config, run=replace(config.run, batch_size=1, grad_accum=accum))
+        yield f"run.batch_size = 1 and run.grad_accum = {accum}", config
+    if config.memory.checkpointing == "none":
+        config = replace(config, memory=replace(config.memory, checkpointing="full"))
+        yield "memory.checkpointing = 'full'", config
+
+
+def remedies(config: Config, plan: Plan, gpu: GPU) -> Iterator[str]:
+    """Yield what each lever saves until the run fits, and what is left to do where none is enough."""
+    for text, changed in levers(config):
+        smaller = make_plan(changed)
+        yield f"{text} saves {(plan.peak - smaller.peak) / 1e9:.1f} GB"
+        plan = smaller
+        if plan.fits(gpu):
+            return
+    yield (
+        f"then {plan.need / 1e9:.1f} GB are needed still; use a larger GPU, fewer data.frames, or a student "
+        "of adapters (student.train = 'lora')"
+    )
+
+
+def largest_batch(config: Config, plan: Plan, gpu: GPU) -> int:
+    """Return the largest micro-batch that fits; each sample more takes what the next one does."""
+    size = config.run.batch_size
+    more = make_plan(replace(config, run=replace(config.run, batch_size=size + 1)))
+    if not plan.fits(gpu):
+        return 0
+    return size + (gpu.memory - plan.need) // max(more.need - plan.need, 1)

@@ -1,0 +1,106 @@
+"""Test the plan at the head of a run: its lines, its file, and the refusal of what cannot fit."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import make_config, write_toml
+from typer.testing import CliRunner
+
+from fastdmd import train
+from fastdmd.cli import app
+from fastdmd.plan.estimate import make_plan
+from fastdmd.plan.gpus import GPUS, NAMES
+from fastdmd.plan.levers import largest_batch, levers, remedies
+from fastdmd.plan.preflight import gpu_of, planned_gb, preflight
+
+H100 = GPUS["h100"]
+SHORT = ("run.max_steps=1", "validation.teacher_reference=false")
+
+
+def card(need: int):
+    """Return a GPU with just that memory."""
+    return replace(H100, memory=need)
+
+
+def test_levers_are_tried_until_the_run_fits(tmp_path):
+    config = make_config(tmp_path, "dmd", "run.batch_size=4", "data.resolution=[24, 24]")
+    plan = make_plan(config)
+    (one, by_one), (two, by_two) = levers(config)
+    assert one == "run.batch_size = 1 and run.grad_accum = 4"
+    assert two == "memory.checkpointing = 'full'"
+    smaller, smallest = make_plan(by_one), make_plan(by_two)
+    assert plan.need > smaller.need > smallest.need
+    first = f"{one} saves {(plan.peak - smaller.peak) / 1e9:.1f} GB"
+    second = f"{two} saves {(smaller.peak - smallest.peak) / 1e9:.1f} GB"
+    assert list(remedies(config, plan, card(smaller.need))) == [first]
+    assert list(remedies(config, plan, card(smallest.need))) == [first, second]
+    *_, rest = remedies(config, plan, card(smallest.need - 1))
+    assert rest.startswith("then 1.5 GB are needed still")
+
+
+def test_the_largest_micro_batch_fits_and_one_more_does_not(tmp_path):
+    """Small tensors are rounded up to 512 bytes, so that a sample takes not quite what the next one does."""
+    config = make_config(tmp_path, "dmd", "data.resolution=[24, 24]")
+    plan = make_plan(config)
+    of_five = make_plan(replace(config, run=replace(config.run, batch_size=5)))
+    assert largest_batch(config, plan, card(of_five.need + 50_000)) == 5
+    assert largest_batch(config, plan, card(of_five.need - 200_000)) == 4
+    assert largest_batch(config, plan, card(plan.need - 1)) == 0
+
+
+def test_a_run_that_cannot_fit_is_refused_unless_forced(tmp_path, capsys):
+    config = make_config(tmp_path, "dmd")
+    (tmp_path / "run").mkdir()
+    need = make_plan(config).need
+    with pytest.raises(ValueError, match=r"this run needs 1\.5 GB, and card has 1\.5; .*use --force"):
+        preflight(config, "card", card(need - 1), force=False)
+    assert "does NOT fit" in capsys.readouterr().err
+    assert planned_gb(tmp_path / "run") is None
+    preflight(config, "card", card(need - 1), force=True)
+    preflight(config, "card", card(need), force=False)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["memory", "time", "updates"] * 2
+    assert planned_gb(tmp_path / "run") == make_plan(config).peak / 1e9
+
+
+def on_a_gpu(monkeypatch, memory: int, name: str) -> None:
+    """Let the head of a run see a GPU; the run itself is on the CPU."""
+    monkeypatch.setattr(train, "pick_device", lambda name: torch.device("cuda"))
+    properties = SimpleNamespace(name=name, total_memory=memory)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+
+def test_train_plans_on_a_gpu_and_keeps_it_beside_what_was_measured(tmp_path, monkeypatch):
+    path, overrides = write_toml(tmp_path, "dmd"), list(SHORT)
+    on_a_gpu(monkeypatch, 10**9, "NVIDIA H200")
+    refused = CliRunner().invoke(app, ["train", str(path), *overrides])
+    assert refused.exit_code == 2
+    assert (
+        "error: this run needs 1.5 GB, and NVIDIA H200 has 1.0; memory.checkpointing = " not in refused.stderr
+    )
+    assert "error: this run needs 1.5 GB, and NVIDIA H200 has 1.0; run.batch_size = 1" in refused.stderr
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    done = CliRunner().invoke(app, ["train", str(path), *overrides, "--force"])
+    assert done.exit_code == 0, done.output
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["planned_peak_gb"] == json.loads((tmp_path / "run" / "plan.json").read_text())["peak_gb"]
+    assert summary["peak_mem_gb"] > 0
+
+
+def test_a_run_on_a_cpu_has_no_plan(tmp_path):
+    run = train.train(make_config(tmp_path, "dmd", *SHORT))
+    assert not (run.folder / "plan.json").exists()
+    assert json.loads((run.folder / "summary.json").read_text())["planned_peak_gb"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA GeForce RTX 4090", "rtx4090"), ("another", "h100")],
+)
+def test_a_card_has_its_rates_and_its_own_memory(monkeypatch, name, key):
+    on_a_gpu(monkeypatch, 12345, name)
+    assert gpu_of(torch.device("cuda")) == (name, replace(GPUS[key], memory=12345))
+    assert set(NAMES) == set(GPUS)
