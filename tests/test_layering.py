@@ -29,6 +29,7 @@ def pages_of(root: Path, package: str) -> dict[str, str]:
 
 PAGES = pages_of(REPOSITORY, "fastdmd") | pages_of(KERNELS, "fastdmd_kernels")
 BENCH = pages_of(REPOSITORY, "bench")  # held to the sizes alone
+TESTS = pages_of(REPOSITORY, "tests")  # held to the size of a file alone
 
 
 def under(name, *packages):
@@ -206,13 +207,12 @@ RULES = {
 }
 
 
-SIZES = (files_are_short, functions_are_short)
+SIZES = {files_are_short: PAGES | BENCH | TESTS, functions_are_short: PAGES | BENCH}
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_the_code_keeps_the_rule(rule):
-    pages = PAGES | BENCH if rule in SIZES else PAGES
-    found = {module: list(rule(module, text)) for module, text in pages.items()}
+    found = {module: list(rule(module, text)) for module, text in SIZES.get(rule, PAGES).items()}
     assert {module: broken for module, broken in found.items() if broken} == {}
 
 
@@ -226,6 +226,7 @@ def test_all_pages_are_read():
     some = {"fastdmd.cli", "fastdmd.methods.__init__", "fastdmd.models.wan.net", "fastdmd_kernels.losses.api"}
     assert some <= set(PAGES)
     assert "bench.report" in BENCH
+    assert {"tests.test_layering", "tests.kernels.conftest"} <= set(TESTS)
 
 
 def imports(pages: Mapping[str, str]) -> dict[str, set[str]]:

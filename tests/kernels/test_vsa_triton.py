@@ -1,7 +1,7 @@
 """The Triton kernels of video sparse attention against dense masked attention in float64.
 
 Without a GPU they run in triton's interpreter (tests/conftest.py), which proves arithmetic and indexing.
-Lists are built here, by sorting, and not by the kernel under test.
+Lists are built by sorting (tests/vsa_tiles.py), and not by the kernel under test.
 """
 
 import math
@@ -13,19 +13,31 @@ import triton
 import triton.language as tl
 from recomputed import recomputed
 from torch import Tensor
+from vsa_tiles import (
+    ALIGNED,
+    ALL_RAGGED,
+    DEVICE,
+    best,
+    error,
+    from_counts,
+    pack,
+    pooled,
+    random,
+    rows_of,
+    tiles_of,
+)
 
 from fastdmd_kernels.triton_config import config
 from fastdmd_kernels.vsa import triton as vsa
 from fastdmd_kernels.vsa import triton_bwd, triton_fwd
 from fastdmd_kernels.vsa.triton_tokens import store_tile
 
-# in the rows of pad keys, which are not stored, probabilities have no bound
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:overflow encountered|invalid value encountered:RuntimeWarning"
-)
+pytestmark = [
+    pytest.mark.usefixtures("poison"),
+    # in the rows of pad keys, which are not stored, probabilities have no bound
+    pytest.mark.filterwarnings("ignore:overflow encountered|invalid value encountered:RuntimeWarning"),
+]
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ALIGNED, ALL_RAGGED = (8, 4, 8), (5, 6, 7)
 GRIDS = {
     "aligned": ALIGNED,
     "t": (5, 4, 8),
@@ -34,19 +46,6 @@ GRIDS = {
     "all": ALL_RAGGED,
     "one tile": (3, 2, 3),
 }
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """Fill new memory with NaN: what a kernel leaves unwritten is seen."""
-    empty = torch.empty
-
-    def poisoned(*size, **options):
-        x = empty(*size, **options)
-        return x.fill_(math.nan if x.is_floating_point() else -1)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-    monkeypatch.setattr(torch, "empty_like", lambda x: poisoned(x.shape, dtype=x.dtype, device=x.device))
 
 
 def lend_16_bits(op: str, target: str, dtype: str, K: int):
@@ -62,38 +61,6 @@ def path(request, monkeypatch):
             monkeypatch.setattr(module, "can_describe", lambda x: False)
         elif DEVICE == "cpu":
             monkeypatch.setattr(module, "config", lend_16_bits)
-
-
-def tiles_of(grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """(row_start, n_valid) of cubes of 4 x 4 x 4."""
-    counts = torch.ones(1, dtype=torch.int32)
-    for n in grid:
-        sizes = torch.tensor([min(4, n - i) for i in range(0, n, 4)], dtype=torch.int32)
-        counts = (counts[:, None] * sizes).flatten()
-    return from_counts(counts.tolist())
-
-
-def from_counts(counts: list[int]) -> tuple[Tensor, Tensor]:
-    n_valid = torch.tensor(counts, dtype=torch.int32, device=DEVICE)
-    return (n_valid.cumsum(0) - n_valid).to(torch.int32), n_valid
-
-
-def pooled(x: Tensor, tiles) -> Tensor:
-    """Means in float64, [B, N, n, K]."""
-    return torch.stack([x.double()[:, r : r + n].mean(1) for r, n in rows_of(tiles)], 2)
-
-
-def rows_of(tiles) -> list[tuple[int, int]]:
-    return list(zip(tiles[0].tolist(), tiles[1].tolist(), strict=True))
-
-
-def best(scores: Tensor, topk: int) -> Tensor:
-    """Return the indices of the topk largest, ascending; equal ones from the lowest."""
-    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :topk].sort(-1).values
-
-
-def pack(index: Tensor, tiles) -> Tensor:
-    return ((tiles[0][index] << 7) | tiles[1][index]).to(torch.int32)
 
 
 def allowed(index: Tensor, tiles_q, tiles_k) -> Tensor:
@@ -126,15 +93,6 @@ def dense_recomputed(q, k, v, dout, mask, dtype) -> list[Tensor]:
 def sparse(q, k, v, dout, lists, tiles_q, tiles_k) -> list[Tensor]:
     out, lse = vsa.fine_fwd(q, k, v, lists, *tiles_q)
     return [out, *vsa.fine_bwd(dout, q, k, v, out, lse, lists, *tiles_q, *tiles_k)]
-
-
-def error(x: Tensor, exact: Tensor) -> float:
-    assert x.isfinite().all()
-    return ((x.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
-
-
-def random(*shape: int, dtype=torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
-    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(DEVICE, dtype)
 
 
 def check(q, k, v, index, tiles_q, tiles_k, composition=dense) -> list[Tensor]:
@@ -302,52 +260,6 @@ def test_an_expanded_gradient():
         strict=True,
     ):
         assert torch.equal(x, y)
-
-
-@pytest.mark.parametrize("grid", [ALIGNED, ALL_RAGGED])
-def test_pool(grid):
-    tiles = tiles_of(grid)
-    x = random(2, math.prod(grid), 3, 2, 16)[:, :, 1]
-    assert error(vsa.pool(x, *tiles), pooled(x, tiles)) < 3e-7
-    assert (vsa.pool(x[:, :0], *from_counts([0, 0])) == 0).all()
-
-
-@pytest.mark.parametrize(("nq", "nk"), [(5, 1), (18, 33), (3, 100)])
-def test_select(nq, nk):
-    q_c, k_c = random(2, 2, nq, 16), random(2, 2, nk, 16, seed=1)
-    tiles = from_counts([1 + i % 64 for i in range(nk)])
-    scores = q_c.double() @ k_c.double().mT
-    for topk in sorted({1, min(7, nk), nk}):
-        assert torch.equal(vsa.select(q_c, k_c, *tiles, topk), pack(best(scores, topk), tiles))
-
-
-def test_select_ties_go_to_the_lowest_tile():
-    tiles = from_counts([64] * 40)
-    zero = torch.zeros(1, 1, 3, 16, device=DEVICE)
-    keys = random(1, 1, 40, 16)  # scores 0 and -0
-    lowest = torch.arange(6, device=DEVICE).expand(1, 1, 3, 6)
-    assert torch.equal(vsa.select(zero, keys, *tiles, 6), pack(lowest, tiles))
-    ones = torch.ones(1, 1, 3, 16, device=DEVICE)
-    levels = torch.tensor([-1.0, 2.0, -3.0, 2.0, 5.0], device=DEVICE).repeat(8)
-    levels = levels[:, None].expand(1, 1, 40, 16)
-    for topk in (5, 8, 11, 25, 39):
-        exact = best(ones @ levels.mT, topk)
-        assert torch.equal(vsa.select(ones, levels, *tiles, topk), pack(exact, tiles))
-
-
-@pytest.mark.parametrize(("nq", "nk", "topk"), [(1, 1, 1), (3, 9, 4), (70, 5, 2), (40, 150, 140)])
-def test_invert(nq, nk, topk):
-    """More than 32 query tiles, and lists longer than a block."""
-    tiles = from_counts([1 + i % 64 for i in range(nk)])
-    index = best(random(2, 2, nq, nk), topk)
-    offsets, entries = (x.cpu() for x in vsa.invert(pack(index, tiles), tiles[0], nq))
-    for b in range(2):
-        for h in range(2):
-            for tile in range(nk):
-                first, end = offsets[b, h, tile : tile + 2].tolist()
-                chose = (index[b, h] == tile).any(-1).nonzero().flatten()
-                assert entries[b, h, first:end].tolist() == chose.tolist()
-    assert (offsets[..., -1] == nq * topk).all()
 
 
 def test_inputs_that_no_kernel_reads():

@@ -1,12 +1,9 @@
-"""DCM on perceptrons, against an independent implementation in float64, and on known flows.
+"""DCM on perceptrons, against an independent implementation in float64.
 
-The implementation reads every key of its configuration; the flows have known consistency functions.
+The implementation reads every key of its configuration.
 B batch; latents [B, C, T, H, W].
 """
 
-from collections.abc import Callable, Mapping
-from copy import deepcopy
-from itertools import pairwise
 from types import SimpleNamespace
 
 import mlp
@@ -30,24 +27,15 @@ from dcm_definition import (
     name_case,
 )
 from score_definition import close, column
-from tiny import DETAIL, make_config
 from torch import Tensor
 
-from fastdmd import config as configs
-from fastdmd import train
 from fastdmd.batch import Batch, Cond
-from fastdmd.config.schema import StudentConfig, TeacherConfig
 from fastdmd.denoiser import Denoiser
-from fastdmd.evaluation import evaluate
-from fastdmd.export import exported_scheduler
 from fastdmd.methods import dcm
 from fastdmd.methods.consistency import errors, huber
 from fastdmd.methods.dcm import DCM, Config
-from fastdmd.models.family import ModelConfig
 from fastdmd.models.net import PLAIN, Call, Out
-from fastdmd.rng import Rng
-from fastdmd.run import build
-from fastdmd.schedule import Coeffs, FlowSchedule, VPSchedule
+from fastdmd.schedule import FlowSchedule
 
 # ------------------------------------------------------- the whole loss, from the configuration
 
@@ -322,253 +310,3 @@ def test_needs_latents():
             make(), "student", make_nets(make()), Batch(BATCH.cond, BATCH.uncond, mlp.SHAPE), make_rng(), {}
         )
     assert make().config.needs_latents
-
-
-# --------------------------------------------------------------------------- fixed points
-
-Field = Callable[[Tensor, Tensor], Tensor]  # v(x, sigma [B, 1, ..])
-EXPERTS = [SEMANTIC, DETAIL_BASE | {"adversarial_weight": 0.0}]
-
-
-class Exact(Denoiser):
-    """A velocity field in a network's place, in float64. Under guidance w its two sides combine to it."""
-
-    def __init__(self, field: Field, w: float = 1.0) -> None:
-        self.field, self.w = field, w
-
-    def raw(self, x_t: Tensor, c: Coeffs, cond: Cond) -> Tensor:
-        assert x_t.dtype == c.sigma.dtype == torch.float64
-        return self.field(x_t, column(c.sigma))
-
-    def raw_pair(self, x_t: Tensor, c: Coeffs, cond: Cond, uncond: Cond) -> tuple[Tensor, Tensor]:
-        v = self.raw(x_t, c, cond)
-        return v + x_t * (1 - 1 / self.w), v + x_t
-
-
-def exact_loss(method: DCM, teacher: Field, student: Field) -> float:
-    """At every point of the expert's grid, one a sample, in float64 throughout."""
-    points, w = len(method.config.points), method.config.guidance
-    generator = torch.Generator().manual_seed(0)
-    rng = SimpleNamespace(
-        integers=torch.arange,
-        uniform=lambda: torch.zeros(points).double(),
-        normal=lambda shape: torch.randn(points, *shape, generator=generator, dtype=torch.float64),
-    )
-    nothing = Cond(torch.zeros(points, 1, 1))
-    x0 = torch.randn(points, *mlp.SHAPE, generator=generator, dtype=torch.float64)
-    nets = {"teacher": Exact(teacher, w), "student": Exact(student), "target": Exact(student)}
-    loss, _ = mlp.loss(method, "student", nets, Batch(nothing, nothing, mlp.SHAPE, x0), rng, {})  # type: ignore[arg-type]
-    return float(loss)
-
-
-@pytest.mark.parametrize("target", ["ema", "student"])
-@pytest.mark.parametrize("phases", [1, 4])
-@pytest.mark.parametrize("base", EXPERTS, ids=name_case)
-def test_a_perfect_student_has_no_loss(base, phases, target):
-    """Take one point x* for data: v = (x - x*) / sigma is constant along a path, so Euler is exact."""
-    point = torch.randn(mlp.SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-    def v(x: Tensor, sigma: Tensor) -> Tensor:
-        return (x - point) / sigma
-
-    method = make(base, phases=phases, target=target, huber_c=1e-3)
-    assert exact_loss(method, v, v) < 1e-15
-    assert exact_loss(method, v, lambda x, sigma: 1.001 * v(x, sigma)) > 1e-8
-    assert exact_loss(method, lambda x, sigma: 1.001 * v(x, sigma), v) > 1e-8
-
-
-@pytest.mark.parametrize("base", EXPERTS, ids=name_case)
-def test_the_true_flow_map_is_the_fixed_point_of_a_fine_grid(base):
-    """Take N(0, s^2) for data.
-
-    v = (sigma - (1 - sigma) s^2) x / V, V = (1 - sigma)^2 s^2 + sigma^2, as v = E[eps - x0 | x]; the flow
-    keeps x / sqrt(V), as V' = 2 (sigma - (1 - sigma) s^2). What remains is the local error of Euler, of the
-    step squared: four times less on twice the points. The teacher's own v in place of the map is wrong by far
-    more.
-    """
-    s = 0.7
-
-    def V(sigma: Tensor) -> Tensor:
-        return (1 - sigma) ** 2 * s**2 + sigma**2
-
-    def v(x: Tensor, sigma: Tensor) -> Tensor:
-        return (sigma - (1 - sigma) * s**2) / V(sigma) * x
-
-    losses, naive = [], []
-    for scale in (4, 8, 16):
-        keys = {"solver_steps": 10 * scale, "boundary_index": 6 * scale, "guidance": 3.0}
-        method = make(
-            base, **keys, huber_c=1e-9, temporal_weight=0.0
-        )  # so that it is the mean of |made - wanted|
-        sigma_e = method.sigmas[method.config.points.start]
-
-        def to_the_end(x: Tensor, sigma: Tensor, sigma_e: Tensor = sigma_e) -> Tensor:
-            there = sigma == sigma_e
-            way = torch.where(there, 1.0, sigma_e - sigma)
-            return torch.where(there, v(x, sigma), ((V(sigma_e) / V(sigma)).sqrt() - 1) / way * x)
-
-        losses.append(exact_loss(method, v, to_the_end))
-        naive.append(exact_loss(method, v, v))
-    assert [a / b for a, b in pairwise(losses)] == pytest.approx([4, 4], rel=0.15)
-    assert all(1.8 < a / b < 2.2 for a, b in pairwise(naive))
-    assert naive[-1] > 10 * losses[-1]
-
-
-# -------------------------------------------------------------------------------- sampling
-
-
-def euler(nets: Mapping[str, Denoiser], x: Tensor, steps: list[tuple[str, float, float, float]]) -> Tensor:
-    """In float64, steps (role, guidance, from, to)."""
-    x = x.double()
-    for role, w, now, then in steps:
-        net = deepcopy(nets[role].net).double()
-        model_t = torch.full((len(x),), 1000 * now, dtype=torch.float64)
-        c, u = (net(x, model_t, Cond(cond.text.double())).F for cond in (BATCH.cond, BATCH.uncond))
-        x = x + (then - now) * (u + w * (c - u))
-    return x
-
-
-@torch.no_grad()
-def test_both_experts_sample_in_turn():
-    method = make(DETAIL_BASE, semantic_timesteps=(1000.0, 950.0, 900.0), detail_timesteps=(700.0, 400.0))
-    nets, noise = make_nets(method), make_rng().normal(mlp.SHAPE)
-    got = method.sample(nets, noise, BATCH.cond, BATCH.uncond, make_rng())
-    early = [("semantic", 1.0, a, b) for a, b in pairwise((1.0, 0.95, 0.9, 0.7))]
-    want = euler(nets, noise, [*early, ("student", 1.0, 0.7, 0.4), ("student", 1.0, 0.4, 0.0)])
-    assert close(got, want)
-    assert not calls(nets, "teacher")
-    assert [len(call.x_t) for role in ("semantic", "student") for call in calls(nets, role)] == [4] * 5
-    assert method.times.tolist() == pytest.approx([1, 0.95, 0.9, 0.7, 0.4])
-    assert method.sampled == ("semantic", "student")
-
-
-@torch.no_grad()
-def test_alone_the_semantic_expert_hands_over_to_the_teacher_at_the_boundary():
-    """And the teacher that it is compared with takes the same steps."""
-    method = make(semantic_timesteps=(1000.0, 950.0, 900.0))
-    nets, noise = make_nets(method), make_rng().normal(mlp.SHAPE)
-    got = method.sample(nets, noise, BATCH.cond, BATCH.uncond, make_rng())
-    boundary = S(0.6)
-    early = [("student", 1.0, a, b) for a, b in pairwise((1.0, 0.95, 0.9, boundary))]
-    late = [("teacher", 4.0, a, b) for a, b in pairwise([S(j / 10) for j in range(6, -1, -1)])]
-    assert close(got, euler(nets, noise, early + late))
-    assert method.times.tolist() == pytest.approx([1, 0.95, 0.9])
-    assert method.few_grid().tolist() == pytest.approx([1, 0.95, 0.9, *(S(j / 10) for j in range(6, -1, -1))])
-    assert method.sampled == ("student", "teacher")
-
-
-@pytest.mark.parametrize(("expert", "steps"), [("semantic", 3 + 35), ("detail", 3 + 2)])
-def test_the_teacher_is_compared_at_the_student_s_steps(tmp_path, expert, steps):
-    run = build(make_config(tmp_path, "dcm", *(DETAIL if expert == "detail" else ())))
-    grid = run.method.few_grid()
-    assert len(grid) == steps + 1
-    assert (float(grid[0]), float(grid[-1])) == (1.0, 0.0)
-    if expert == "semantic":
-        assert grid[:4].tolist() == pytest.approx([1, 0.992, 0.982, S(0.7)])
-    else:
-        assert torch.equal(grid, run.schedule.solver_grid(5))
-    shape = run.world.latent_shape
-    rng, cond = Rng(0, 0, "sample", range(2), "cpu"), run.world.cond(run.world.prompts[:2])
-    with torch.no_grad():
-        for name, sampler in evaluate.samplers(run.config).items():
-            assert sampler.steps == (2 if name == "teacher" else steps)
-            assert sampler.run(run.nets, rng.normal(shape), cond, cond, rng).isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("method", "name"), [("dcm", "UniPCMultistepScheduler"), ("dmd", "FlowMatchLCMScheduler")]
-)
-def test_an_export_s_scheduler_is_that_of_the_method(tmp_path, method, name):
-    """Diffusers' LCM scheduler re-noises between its steps; DMD's student does, and neither expert of DCM."""
-    scheduler = exported_scheduler(make_config(tmp_path, method))
-    assert type(scheduler).__name__ == name
-    if method == "dmd":
-        scheduler.set_timesteps(3)
-        assert scheduler.timesteps.tolist() == pytest.approx([1000, 757, 522], abs=1e-3)
-
-
-# ---------------------------------------------------------------------------- configuration
-
-
-@pytest.mark.parametrize(
-    ("change", "keys"),
-    [
-        ({"temporal_weight": -1.0}, ["temporal_weight"]),
-        ({"temporal_lag": 0}, ["temporal_lag"]),
-        ({"phases": 0}, ["phases"]),
-        ({"huber_c": 0.0}, ["huber_c"]),
-        ({"solver_steps": 1, "boundary_index": 1}, ["solver_steps"]),
-        ({"solver_steps": 1000}, ["solver_steps"]),
-        ({"boundary_index": 0}, ["boundary_index"]),
-        ({"boundary_index": 10}, ["boundary_index"]),
-        ({"solver_steps": 50, "boundary_index": 35, "phases": 2}, ["phases"]),  # starts 35 and 60
-        ({"solver_steps": 50, "boundary_index": 35, "phases": 4}, []),
-        ({"solver_steps": 50, "boundary_index": 25, "phases": 2}, ["phases"]),
-        ({"expert": "detail", "solver_steps": 50, "boundary_index": 25, "phases": 2}, ["phases"]),
-        ({"expert": "detail", "solver_steps": 50, "boundary_index": 26, "phases": 2}, []),
-        ({"semantic_timesteps": ()}, ["semantic_timesteps"]),
-        ({"semantic_timesteps": (1000.0, 0.0)}, ["semantic_timesteps"]),
-        ({"semantic_timesteps": (990.0, 980.0)}, ["semantic_timesteps"]),
-        ({"semantic_timesteps": (1000.0, 980.0, 990.0)}, ["semantic_timesteps"]),
-        ({"expert": "detail", "detail_timesteps": (500.0, 500.0)}, ["detail_timesteps"]),
-        ({"expert": "detail", "adversarial_weight": -1.0}, ["adversarial_weight"]),
-        ({"expert": "detail", "disc_layers": ()}, ["disc_layers"]),
-        ({"expert": "detail", "disc_layers": (2, 1)}, ["disc_layers"]),
-        *(({key: value}, [key]) for key, value in (ADVERSARIAL | {"detail_timesteps": (800.0,)}).items()),
-    ],
-    ids=str,
-)
-def test_problems_name_the_key(change, keys):
-    assert [key for key, _ in Config(name="dcm", **SEMANTIC | change).problems()] == keys
-
-
-@pytest.mark.parametrize("base", [SEMANTIC, DETAIL_BASE], ids=name_case)
-def test_no_problems(base):
-    assert not list(Config(name="dcm", **base).problems())
-
-
-def test_times_of_sampling_stay_on_their_expert_s_side():
-    """The boundary is S(0.6) = 0.818182."""
-    with pytest.raises(
-        ValueError, match=r"^method.semantic_timesteps: 818 is not above the boundary, 818.182 at"
-    ):
-        make(semantic_timesteps=(1000.0, 818.0))
-    with pytest.raises(ValueError, match=r"^method.detail_timesteps: 819 is above the boundary, 818.182 at"):
-        make(DETAIL_BASE, detail_timesteps=(819.0,))
-    make(semantic_timesteps=(1000.0, 819.0))
-    make(DETAIL_BASE, detail_timesteps=(818.0,))
-
-
-def test_only_flow_models():
-    schedule = VPSchedule(torch.linspace(0.99, 0.01, 1000).double(), "eps")
-    with pytest.raises(ValueError, match="'dcm' is for flow models"):
-        DCM(Config(name="dcm", **SEMANTIC), schedule)
-
-
-def test_the_detail_expert_starts_from_the_semantic_one():
-    """It is the student's start: student.path, or model.path where the teacher has a path of its own."""
-    teacher, model = TeacherConfig(path="teacher"), ModelConfig(family="wan2.1", path="semantic")
-    config = configs.Config(
-        model=model, teacher=teacher, **dict.fromkeys(("run", "schedule", "method", "data"))
-    )
-    paths = {role: config.role_path(role) for role in ("student", "semantic", "target", "teacher")}
-    assert paths == {
-        "student": "semantic",
-        "semantic": "semantic",
-        "target": "semantic",
-        "teacher": "teacher",
-    }
-    model, student = ModelConfig(family="wan2.1", path="teacher"), StudentConfig(path="semantic")
-    rest = dict.fromkeys(("run", "schedule", "method", "data"))
-    config = configs.Config(model=model, student=student, **rest)
-    assert paths == {role: config.role_path(role) for role in paths}
-
-
-@pytest.mark.parametrize(("extra", "trained"), [((), {"student"}), (DETAIL, {"student", "disc"})])
-def test_a_run_moves_what_it_trains_and_its_average(tmp_path, extra, trained):
-    run = build(make_config(tmp_path, "dcm", "ema.start_step=0", *extra))
-    before = {role: deepcopy(net.net.state_dict()) for role, net in run.nets.items()}
-    train.take_step(run)
-    now = {role: net.net.state_dict() for role, net in run.nets.items()}
-    moved = {role for role in now if any(not torch.equal(now[role][k], v) for k, v in before[role].items())}
-    assert moved == trained | {"target"}
