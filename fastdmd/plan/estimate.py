@@ -7,7 +7,7 @@ blocks by number, all blocks are traced.
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -90,20 +90,15 @@ def heads_count(config: Config, role: Role) -> bool:
 
 def make_plan(config: Config) -> Plan:
     """Plan a run; nothing is loaded but shapes."""
-    first = traces(config)
-    last = traces(config, last_exit=True) if config.rollout else first
-    uniform = config.rollout is not None and config.rollout.exit == "uniform"
-    phases: dict[str, PhasePlan] = {}
-    for name, one in first.phases.items():
-        other = last.phases[name]
-        most = max(one, other, key=lambda phase: phase.peak)
-        # work is linear in the exit step, and exits are uniform: the mean is that of both ends
-        share = 0.5 if uniform else 0.0
-        work, recomputed = (
-            a * share + b * (1 - share)
-            for a, b in ((one.work, other.work), (one.recomputed, other.recomputed))
-        )
-        phases[name] = PhasePlan(most.peak, most.by, work, recomputed)
+    found = traces(config)
+    phases = {
+        name: PhasePlan(phase.peak, phase.by, phase.work, phase.recomputed)
+        for name, phase in found.phases.items()
+    }
+    if config.rollout is not None and config.rollout.exit == "uniform":
+        # work is linear in the exit step, so the mean is that of both ends
+        for name, phase in traces(config, first_exit=True).phases.items():
+            phases[name] = replace(phases[name], work=(phases[name].work + phase.work) * 0.5)
     # a step's micro-batches are made before it, and each keeps what its phases share
     others = config.run.grad_accum - 1
     peaks = {name: phase.peak + others * phase.by.get("inputs", 0) for name, phase in phases.items()}
@@ -119,9 +114,9 @@ def make_plan(config: Config) -> Plan:
         by=by,
         work=of_cycle(config, steps, phases, lambda phase: phase.work),
         recomputed=of_cycle(config, steps, phases, lambda phase: phase.recomputed),
-        parameters=first.parameters,
-        trained=first.trained,
-        checkpoint=checkpoint_bytes(config, first),
+        parameters=found.parameters,
+        trained=found.trained,
+        checkpoint=checkpoint_bytes(config, found),
     )
 
 
@@ -150,21 +145,21 @@ def checkpoint_bytes(config: Config, found: Trace) -> int:
     return 4 * numbers
 
 
-def traces(config: Config, last_exit: bool = False) -> Trace:
+def traces(config: Config, first_exit: bool = False) -> Trace:
     """Return the trace of all blocks, from those of a few where that is exact.
 
     Networks of one depth grow together, by a block; those of another one apart.
     """
     depths = depths_of(config)
     if depths is None or min(depths.values()) <= MOST:
-        return trace(config, None, last_exit)
-    base = trace(config, dict.fromkeys(depths, LEAST), last_exit)
+        return trace(config, None, first_exit)
+    base = trace(config, dict.fromkeys(depths, LEAST), first_exit)
     kinds = sorted(set(depths.values()))
     more = {
-        depth: trace(config, {name: LEAST + (n == depth) for name, n in depths.items()}, last_exit)
+        depth: trace(config, {name: LEAST + (n == depth) for name, n in depths.items()}, first_exit)
         for depth in kinds
     }
-    if not last_exit:  # is it a line?
+    if not first_exit:  # is it a line?
         further = trace(config, dict.fromkeys(depths, MOST))
         guess = extended(base, more, dict.fromkeys(kinds, MOST - LEAST))
         if any(phase.peak != guess.phases[name].peak for name, phase in further.phases.items()):

@@ -58,10 +58,13 @@ def cycle(method: Method) -> list[Phases]:
     raise AssertionError(f"no cycle of up to {LONGEST} steps")
 
 
-def trace(config: Config, depths: Depths | None, last_exit: bool = False) -> Trace:
+def trace(config: Config, depths: Depths | None, first_exit: bool = False) -> Trace:
     """Trace every kind of step of a cycle.
 
-    depths: of the blocks that are alike, by role; None: all.
+    Its draws are the dearest: a rollout walks to its last step.
+
+    Args: depths, of the blocks that are alike, by role (None: all); first_exit, to trace of each step the
+    first phase's forward alone, whose rollout stops at once.
     """
     method, schedule = config.make_method(), config.make_schedule()
     place = Place(torch.device("meta"), config.precision.dtype)
@@ -85,7 +88,7 @@ def trace(config: Config, depths: Depths | None, last_exit: bool = False) -> Tra
         found.fixed = {kind: size for kind, size in live.by.items() if size}
         live.phases.clear()
         for phases in dict.fromkeys(cycle(method)):
-            step(live, config, method, nets, trained, batch, phases, last_exit)
+            step(live, config, method, nets, trained, batch, phases, first_exit)
         for optimizer in trained.values():
             for hook in optimizer.hooks:  # from a parameter to its optimizer and back: it would stay
                 hook.remove()
@@ -151,7 +154,7 @@ def step(
     optimizers: dict[str, Optimizer],
     batch: Batch,
     phases: Phases,
-    last_exit: bool,
+    first_exit: bool,
 ) -> None:
     """Take one micro-batch through the phases of a step, as a step's last: the gradients of others are there.
 
@@ -170,10 +173,12 @@ def step(
                 for master in optimizers[role].masters.values():
                     master.grad = torch.empty_like(master)
         rng = ExitRng(config.run.seed, 0, f"{phase}{index}", range(config.run.batch_size), "cpu")
-        rng.last = last_exit
+        rng.last = not first_exit
         draws = method.draw(phase, rng, batch.latent_shape, carry)
         loss, metrics = method.loss(phase, nets, batch, draws, carry)
         live.hold((x for x in tree_leaves(carry) if live.counts(x)), "inputs")
+        if first_exit:
+            break
         live.begin(f"{where}, backward")
         backward(loss / config.run.grad_accum)
         del loss, metrics, draws
