@@ -1,10 +1,11 @@
-"""What GPUs have and sustain: memory as the driver reports it, and rates that are derived.
+"""What GPUs have and sustain.
 
-Peaks are the vendors' data sheets (hardware.py has those of `perf/mfu`). Sustained rates are for bfloat16 at
-the sizes of video models: products as published GEMM benchmarks on sustained clocks, dense attention from
-FlashAttention-3 on H100 (D 128, 16-40k tokens: 620-648 forward, 561-651 backward, less 10-20 % for heads and
-edges), sparse attention from instruction counts of the compiled kernels and FastVideo's published 374-526.
-None is a measurement of this project yet: a plan says "by published rates".
+Published: memory as the driver reports it, and the vendors' data sheets (dense bfloat16 products with float32
+sums, bandwidth). Derived, and none of it measured by this project yet, so a plan says "by derived rates":
+products from GEMM benchmarks at sustained clocks; dense attention from FlashAttention-3 on an H100 (head
+dimension 128, 16,000 to 40,000 tokens: 620-648 TFLOP/s forward, 561-651 backward, less a tenth to a fifth for
+heads and edges), scaled to other cards by their products; sparse attention from instruction counts of our
+compiled kernels and FastVideo's published 374-526 on an H100; copies at 0.75 to 0.92 of the data sheet.
 """
 
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ class GPU:
     """Rates in FLOP/s, bytes and bytes/s."""
 
     memory: int
+    peak_matmul: float  # of the data sheet
+    peak_bandwidth: float  # of the data sheet
     matmul: float
     attention: float
     attention_backward: float
@@ -38,11 +41,18 @@ class GPU:
 
 
 def _gpu(
-    mib: int, matmul: float, dense: tuple[float, float], sparse: tuple[float, float], copy: float
+    mib: int,
+    peaks: tuple[float, float],
+    matmul: float,
+    dense: tuple[float, float],
+    sparse: tuple[float, float],
+    copy: float,
 ) -> GPU:
     """Return a row of the table, from MiB, TFLOP/s and TB/s."""
     return GPU(
         memory=mib * MIB,
+        peak_matmul=1e12 * peaks[0],
+        peak_bandwidth=1e12 * peaks[1],
         matmul=1e12 * matmul,
         attention=1e12 * dense[0],
         attention_backward=1e12 * dense[1],
@@ -53,14 +63,14 @@ def _gpu(
 
 
 GPUS = {
-    #                MiB   GEMM   attention: fwd, bwd   sparse: fwd, bwd   copy
-    "h100": _gpu(81_559, 740, (580, 480), (360, 330), 2.9),
-    "h200": _gpu(143_771, 740, (580, 480), (360, 330), 4.3),
-    "b200": _gpu(183_359, 1600, (1250, 1000), (550, 450), 7.0),
-    "a100": _gpu(81_920, 250, (190, 160), (120, 100), 1.7),
-    "mi300x": _gpu(196_592, 620, (450, 250), (250, 180), 4.0),
-    "rtx5090": _gpu(32_607, 200, (185, 150), (110, 90), 1.6),
-    "rtx4090": _gpu(24_564, 150, (145, 115), (85, 70), 0.92),
+    #        published: MiB, GEMM and memory | derived: GEMM, attention and sparse (forward, backward), copy
+    "h100": _gpu(81_559, (989, 3.35), 740, (580, 480), (360, 330), 2.9),
+    "h200": _gpu(143_771, (989, 4.8), 740, (580, 480), (360, 330), 4.3),
+    "b200": _gpu(183_359, (2250, 8.0), 1600, (1250, 1000), (550, 450), 7.0),
+    "a100": _gpu(81_920, (312, 2.04), 250, (190, 160), (120, 100), 1.7),
+    "mi300x": _gpu(196_592, (1307, 5.3), 620, (450, 250), (250, 180), 4.0),
+    "rtx5090": _gpu(32_607, (209.5, 1.79), 190, (180, 150), (110, 90), 1.6),
+    "rtx4090": _gpu(24_564, (165.2, 1.01), 150, (145, 115), (85, 70), 0.92),
 }
 
 NAMES = {  # as the driver calls them

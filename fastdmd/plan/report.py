@@ -48,7 +48,7 @@ def lines(config: Config, plan: Plan, name: str, gpu: GPU) -> Iterator[str]:
     again = plan.recomputed.flops / plan.work.flops if plan.work.flops else 0
     cycle = f"{len(plan.cycle)} step{'s' if len(plan.cycle) > 1 else ''}"
     yield (
-        f"time: {plan.seconds(gpu):.3g} s per cycle of {cycle} by published rates, "
+        f"time: {plan.seconds(gpu):.3g} s per cycle of {cycle} by derived rates, "
         f"{hours(config, plan, gpu):.3g} hours in all; most of it {most} "
         f"({100 * parts[most] / sum(parts.values()):.0f} %), recomputed {100 * again:.0f} % of FLOPs"
     )

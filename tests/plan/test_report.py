@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from fastdmd import config as configs
 from fastdmd.batch import Cond
 from fastdmd.cli import app
+from fastdmd.hardware import BF16_PEAK
 from fastdmd.models.wan.net import Wan
 from fastdmd.plan import report
 from fastdmd.plan.estimate import make_plan
@@ -23,6 +24,8 @@ from fastdmd.plan.work import Work
 
 ONE = GPU(
     memory=10**9,
+    peak_matmul=2e6,
+    peak_bandwidth=7e6,
     matmul=1e6,
     attention=2e6,
     attention_backward=3e6,
@@ -77,7 +80,11 @@ def test_time_is_work_over_rates():
         "elementwise traffic": 6.0,
     }
     assert set(GPUS) == {"h100", "h200", "b200", "a100", "mi300x", "rtx5090", "rtx4090"}
-    assert all(gpu.bandwidth < gpu.sparse < gpu.attention < gpu.matmul for gpu in GPUS.values())
+    assert all(gpu.sparse < gpu.attention < gpu.matmul < gpu.peak_matmul for gpu in GPUS.values())
+    assert all(0.7 < gpu.bandwidth / gpu.peak_bandwidth < 0.95 for gpu in GPUS.values())
+    known = {key: GPUS[key.lower()].peak_matmul for key in BF16_PEAK if key.lower() in GPUS}
+    assert known == {key: BF16_PEAK[key] for key in known}
+    assert len(known) >= 4
 
 
 @pytest.mark.parametrize(
