@@ -108,7 +108,7 @@ def find(folder: Path, resume: str | bool) -> Path | None:
 
 
 def load(path: Path, device: str = "cpu") -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """(manifest, tensors by file name); ValueError when a file is missing or is not what was written."""
+    """Return (manifest, tensors by file name); ValueError for a file that is not what was written."""
     remedy = f"is damaged; remove {path} to go on from the checkpoint before it"
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))

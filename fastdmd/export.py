@@ -17,7 +17,7 @@ MARK = "Exported by fastdmd"
 
 
 def exported_scheduler(config: Config) -> Any:
-    """diffusers' scheduler for the student's steps; ValueError when none has them."""
+    """Return diffusers' scheduler for the student's steps; ValueError when none has them."""
     method = config.make_method()
     times = method.times.tolist() if method.renoises and method.times is not None else None
     return config.family.make_scheduler(times, config.make_schedule(), exported_from(config))

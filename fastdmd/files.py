@@ -21,7 +21,7 @@ def fsync_folder(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """`mkdir -p` that survives a power cut: every new entry is flushed."""
+    """Make a folder as `mkdir -p` does, but flush every new entry: it survives a power cut."""
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)

@@ -39,7 +39,7 @@ class Place:
 
     @property
     def is_meta(self) -> bool:
-        """Whether networks have shapes only: nothing is read, and nothing drawn."""
+        """Return whether networks have shapes only: nothing is read, and nothing drawn."""
         return self.device.type == "meta"
 
 

@@ -77,7 +77,7 @@ def follow_average(run: Run) -> None:
 
 
 def set_sparsity(run: Run) -> None:
-    """Sparse attention at the sparsity of the step to come."""
+    """Set sparse attention to the sparsity of the step to come."""
     for role, denoiser in run.nets.items():
         if run.config.vsa and run.config.role_options(role).tile:
             denoiser.keep(run.config.vsa.sparsity_at(run.step), run.world.latent_shape)

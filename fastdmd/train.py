@@ -42,10 +42,7 @@ def train(config: Config, force: bool = False) -> Run:
     every = config.validation.every
     make_folder(folder)
     with locked(folder):
-        device = pick_device(config.run.device)
-        if device.type == "cuda":
-            preflight(config, *gpu_of(device), force)
-        run = start(config, folder)
+        run = start(config, folder, force)
         peak = peak_flops(run.device, config.precision.dtype)
         with stop_on_signals(run), RunLog(config.logging, folder, run.step) as log:
             if every and run.step == 0:  # what the student's sampler alone is worth
@@ -79,9 +76,12 @@ def train(config: Config, force: bool = False) -> Run:
     return run
 
 
-def start(config: Config, folder: Path) -> Run:
+def start(config: Config, folder: Path, force: bool = False) -> Run:
     """Build a run and bring it to its newest checkpoint; raise ValueError where the folder has another."""
     refuse_another(config)
+    device = pick_device(config.run.device)
+    if device.type == "cuda":
+        preflight(config, *gpu_of(device), force)
     run = build(config)
     for line in run.method.warnings():
         print(f"warning: {line}", file=sys.stderr)
@@ -173,7 +173,7 @@ def dump_nonfinite(run: Run, phase: str, index: int, read: Mapping[str, float], 
 
 @contextmanager
 def stop_on_signals(run: Run) -> Iterator[None]:
-    """SIGINT and SIGTERM end the run after the step in progress."""
+    """End the run after the step in progress on SIGINT and SIGTERM."""
 
     def request(signum: int, frame: object) -> None:
         run.stop = True

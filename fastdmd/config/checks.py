@@ -188,7 +188,7 @@ def _check_parts(config: Config) -> Problems:
 
 
 def _text_widths(config: Config) -> dict[str, int]:
-    """Of prompts that the data has embedded already, by the keys of a network."""
+    """Return the widths of prompts that the data has embedded already, by the keys of a network."""
     if config.data.kind == "shapes":
         return dict.fromkeys(config.family.conditioning, shapes.TEXT_DIM)
     if config.data.kind == "encoded":

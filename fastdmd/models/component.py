@@ -29,7 +29,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path, name: str, class_name: str, model: str) -> dict[str, Any]:
-    """`folder/name/config.json`; ValueError when it is of another class."""
+    """Read `folder/name/config.json`; ValueError when it is of another class."""
     raw = read_json(folder / name / "config.json")
     if (kind := raw.get("_class_name")) != class_name:
         raise ValueError(
@@ -172,7 +172,7 @@ def write(path: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) 
 def write_index(
     folder: Path, index: Mapping[str, Any], components: Mapping[str, list[str]], source: Path | None
 ) -> None:
-    """model_index.json with `index` and the frozen components; those that `source` has are copied from it.
+    """Write model_index.json, and copy the frozen components that `source` has.
 
     A component's class is the one that the source's own index names, and `components` has it where there is
     none. One that the folder lacks is [null, null]: a pipeline that is given None for it opens without it.

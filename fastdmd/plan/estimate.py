@@ -1,18 +1,21 @@
 """A plan of a run: the peak of its memory, its work and its time, from traces of a few blocks.
 
 Blocks of a network are alike, so bytes and work are linear in their number from the second on: traces of 2, 3
-and 4 blocks give those of all, exactly. Where a network has fewer, or roles differ in depth, or heads sit on
-blocks by number, all blocks are traced.
+and 4 blocks give those of all, exactly; networks of other depths grow apart. Where a network has fewer, or
+heads sit on blocks by number, all blocks are traced.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import torch
 
 from fastdmd.config import Config
+from fastdmd.log import Progress
 from fastdmd.models.net import Architecture
 from fastdmd.plan.gpus import GPU
 from fastdmd.plan.live import Phase
@@ -21,11 +24,10 @@ from fastdmd.plan.work import Work
 from fastdmd.roles import Role, read_architecture, roles_of
 
 LEAST, MOST = 2, 4  # blocks of a trace
-MARGIN, RESERVE = (
-    1.05,
-    1_500_000_000,
-)  # what has to fit: fragments of the allocator; CUDA's context and libraries
+MARGIN = 1.05  # for fragments of the allocator
+RESERVE = 1_500_000_000  # bytes, for CUDA's context and libraries
 DEEPEST = 1000
+QUICK = 2.0  # seconds without a sign
 
 
 @dataclass(frozen=True)
@@ -90,14 +92,17 @@ def heads_count(config: Config, role: Role) -> bool:
 
 def make_plan(config: Config) -> Plan:
     """Plan a run; nothing is loaded but shapes."""
-    found = traces(config)
+    uniform = config.rollout is not None and config.rollout.exit == "uniform"
+    depths = depths_of(config)
+    done = progress_of(depths, uniform)
+    found = traces(config, depths, done=done)
     phases = {
         name: PhasePlan(phase.peak, phase.by, phase.work, phase.recomputed)
         for name, phase in found.phases.items()
     }
-    if config.rollout is not None and config.rollout.exit == "uniform":
+    if uniform:
         # work is linear in the exit step, so the mean is that of both ends
-        for name, phase in traces(config, first_exit=True).phases.items():
+        for name, phase in traces(config, depths, first_exit=True, done=done).phases.items():
             phases[name] = replace(phases[name], work=(phases[name].work + phase.work) * 0.5)
     # a step's micro-batches are made before it, and each keeps what its phases share
     others = config.run.grad_accum - 1
@@ -145,26 +150,51 @@ def checkpoint_bytes(config: Config, found: Trace) -> int:
     return 4 * numbers
 
 
-def traces(config: Config, first_exit: bool = False) -> Trace:
+def progress_of(depths: Depths | None, uniform: bool) -> Callable[[], None]:
+    """Return what counts a plan's traces and shows them with an ETA, from two seconds on."""
+    few = depths is not None and min(depths.values()) > MOST
+    each = 1 + len(set(depths.values())) if depths and few else 1
+    total = each + int(few) + (each if uniform else 0)
+    progress, numbers = Progress("planning", total), count(1)
+
+    def done() -> None:
+        number = min(next(numbers), total)  # one more where the line was none
+        if time.monotonic() - progress.start > QUICK:
+            progress.show(number)
+
+    return done
+
+
+def traces(
+    config: Config,
+    depths: Depths | None,
+    first_exit: bool = False,
+    done: Callable[[], None] = lambda: None,
+) -> Trace:
     """Return the trace of all blocks, from those of a few where that is exact.
 
-    Networks of one depth grow together, by a block; those of another one apart.
+    Networks of one depth grow together, by a block; those of another one apart. depths: of `depths_of`.
     """
-    depths = depths_of(config)
     if depths is None or min(depths.values()) <= MOST:
-        return trace(config, None, first_exit)
-    base = trace(config, dict.fromkeys(depths, LEAST), first_exit)
+        return counted(trace(config, None, first_exit), done)
+    base = counted(trace(config, dict.fromkeys(depths, LEAST), first_exit), done)
     kinds = sorted(set(depths.values()))
-    more = {
-        depth: trace(config, {name: LEAST + (n == depth) for name, n in depths.items()}, first_exit)
-        for depth in kinds
-    }
+    more: dict[int, Trace] = {}
+    for depth in kinds:
+        blocks = {name: LEAST + int(n == depth) for name, n in depths.items()}
+        more[depth] = counted(trace(config, blocks, first_exit), done)
     if not first_exit:  # is it a line?
-        further = trace(config, dict.fromkeys(depths, MOST))
+        further = counted(trace(config, dict.fromkeys(depths, MOST)), done)
         guess = extended(base, more, dict.fromkeys(kinds, MOST - LEAST))
         if any(phase.peak != guess.phases[name].peak for name, phase in further.phases.items()):
             return trace(config, None)
     return extended(base, more, {depth: depth - LEAST for depth in kinds})
+
+
+def counted(found: Trace, done: Callable[[], None]) -> Trace:
+    """Return a trace, after counting it."""
+    done()
+    return found
 
 
 def extended(base: Trace, more: Mapping[int, Trace], blocks: Mapping[int, int]) -> Trace:

@@ -20,11 +20,12 @@ FILE = "plan.json"
 def gpu_of(device: torch.device) -> tuple[str, GPU]:
     """Return the name and the rates of a CUDA device, with its own memory.
 
-    A card that is not in the table has an H100's rates: what a plan says of time is then of that card.
+    A card that is not in the table has an H100's rates, and its name says so.
     """
     properties = torch.cuda.get_device_properties(device)
-    key = next((key for key, name in NAMES.items() if name in properties.name), "h100")
-    return properties.name, replace(GPUS[key], memory=properties.total_memory)
+    known = next((key for key, name in NAMES.items() if name in properties.name), None)
+    name = properties.name if known else f"{properties.name} (times as of an h100)"
+    return name, replace(GPUS[known or "h100"], memory=properties.total_memory)
 
 
 def preflight(config: Config, name: str, gpu: GPU, force: bool) -> None:

@@ -11,7 +11,7 @@ from fastdmd.plan.estimate import Plan
 from fastdmd.plan.gpus import GPU
 
 GB = 1e9
-BALANCE = (0.5, 5.0)  # of the critic's learning to the student's, outside of which a run is known to drift
+BALANCE = (0.5, 5.0)  # of the critic's learning to the student's, outside of which a plan warns
 
 
 def updates(config: Config, plan: Plan) -> dict[str, float]:

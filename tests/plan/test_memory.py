@@ -19,7 +19,7 @@ from fastdmd.config import Config
 from fastdmd.models.sdxl import folder as sdxl_folder
 from fastdmd.models.sdxl.net import SDXL
 from fastdmd.plan import live, ops
-from fastdmd.plan.estimate import traces
+from fastdmd.plan.estimate import depths_of, traces
 from fastdmd.plan.ops import Fused
 from fastdmd.plan.step import trace
 from fastdmd.rng import Rng
@@ -115,7 +115,7 @@ def assert_exact(config: Config, first_exit: bool, monkeypatch) -> None:
     monkeypatch.setattr(
         "fastdmd.plan.estimate.trace", lambda *given: depths.append(given[1]) or trace(*given)
     )
-    few = traces(config, first_exit)
+    few = traces(config, depths_of(config), first_exit)
     assert all(depth is not None and max(depth.values()) <= 4 for depth in depths)
     for name, phase in whole.phases.items():
         assert few.phases[name].peak == phase.peak, name

@@ -38,7 +38,7 @@ class Noise:
     prediction_type: str = "epsilon"
 
     def schedule(self) -> VPSchedule:
-        """alphas_cumprod in float64; diffusers has the same in float32."""
+        """Return the schedule of alphas_cumprod in float64; diffusers has the same in float32."""
         power = {"scaled_linear": 0.5, "linear": 1.0}[self.beta_schedule]
         ends = self.beta_start**power, self.beta_end**power
         betas = torch.linspace(*ends, self.num_train_timesteps, dtype=torch.float64) ** (1 / power)
@@ -46,7 +46,7 @@ class Noise:
 
 
 def read_noise(folder: Path) -> Noise:
-    """Of `folder/scheduler`; ValueError for a table or a prediction that there is none of here."""
+    """Read `folder/scheduler`; ValueError for an unsupported noise table or prediction type."""
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         raise ValueError(
@@ -101,7 +101,7 @@ def read_config(folder: Path) -> SDXLConfig:
 
 
 def with_guidance(config: SDXLConfig, time_cond_proj_dim: int | None) -> SDXLConfig:
-    """With a guidance embedding of that width; None leaves the architecture as it is."""
+    """Return an architecture with a guidance embedding of that width; None leaves it as it is."""
     return config if time_cond_proj_dim is None else replace(config, time_cond_proj_dim=time_cond_proj_dim)
 
 

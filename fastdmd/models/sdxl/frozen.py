@@ -70,7 +70,7 @@ class TextEncoder:
 
 @torch.no_grad()
 def decode(path: str, x0: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Latents [B, C, H, W] -> pixels uint8 [B, 1, 8 H, 8 W, 3] on the host, one image at a time.
+    """Decode latents [B, C, H, W], one at a time, to uint8 [B, 1, 8 H, 8 W, 3] on the host.
 
     In float32 where the folder asks for it by `force_upcast`, as SDXL's does: its activations leave float16.
     """

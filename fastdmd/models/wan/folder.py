@@ -130,7 +130,7 @@ def lcm_scheduler_config(times: Sequence[float]) -> dict[str, Any]:
 
 
 def make_scheduler(times: Sequence[float] | None, schedule: FlowSchedule, source: Path | None) -> Any:
-    """diffusers' scheduler of a student that re-noises at `times`; without times Wan's own, of many steps."""
+    """Return diffusers' scheduler of a student that re-noises at `times`, else Wan's own of many steps."""
     from diffusers.schedulers.scheduling_flow_match_lcm import FlowMatchLCMScheduler
     from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 

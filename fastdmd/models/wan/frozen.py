@@ -58,7 +58,7 @@ class TextEncoder:
 
 @torch.no_grad()
 def decode(path: str, x0: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Latents [B, C, T, H, W] -> pixels uint8 [B, 4 T - 3, 8 H, 8 W, 3] on the host, one video at a time."""
+    """Decode latents [B, C, T, H, W], one at a time, to uint8 [B, 4 T - 3, 8 H, 8 W, 3] on the host."""
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
     vae: Any = AutoencoderKLWan.from_pretrained(path, subfolder="vae", torch_dtype=dtype, **SAFE)
