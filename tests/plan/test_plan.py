@@ -184,3 +184,9 @@ def test_every_method_can_be_planned(tmp_path, how):
     assert sum(plan.by.values()) == plan.peak
     assert plan.work.flops > 0
     assert plan.peak == max(phase.peak for phase in plan.phases.values())
+
+
+def test_a_phase_s_updates_are_of_all_roles_that_it_trains(tmp_path):
+    gan = ("method.gan_weight=0.1", "method.gan_layers=[0]", "optim.disc.lr=1e-3")
+    config = make_config(tmp_path, "dmd", "critic.updates_per_generator=3", *gan)
+    assert report.updates(config, make_plan(config)) == {"student": 2, "critic": 6, "disc": 6}
