@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdmd.batch import Cond
+from fastdmd.models.attention import Attention
 from fastdmd.models.net import Call, Net
 from fastdmd.schedule import Coeffs, Schedule, per_sample, wide
 from fastdmd_kernels import guide
@@ -23,10 +24,20 @@ class Denoiser:
     """
 
     def __init__(
-        self, net: Net, schedule: Schedule, trainable: Mapping[str, nn.Parameter] | None = None
+        self,
+        net: Net,
+        schedule: Schedule,
+        trainable: Mapping[str, nn.Parameter] | None = None,
+        role: str | None = None,
+        dense: bool = False,
     ) -> None:
-        """Take the parameters that may learn, by name; absent: all."""
+        """Take a network for a role.
+
+        Args: trainable, the parameters that may learn, by name (absent: all); role, whose adapters and copies
+        its calls take; dense, whether it attends to all on a network that has sparse attention.
+        """
         self.net, self.schedule = net, schedule
+        self.role, self.dense = role, dense
         self.trainable = dict(net.named_parameters()) if trainable is None else trainable
         self.sparsity = 0.0  # of the step's sparse attention
         # the tiles that it keeps of latents [C, ..]. Here and not in the network, where a number that changes
@@ -39,8 +50,7 @@ class Denoiser:
         self.topk = {tuple(shape): self.net.topk(shape, sparsity)}
 
     def learn(self, on: bool) -> None:
-        """Say whether gradients are made for the trainable parameters; the others never get one."""
-        self.net.requires_grad_(False)
+        """Say whether gradients are made for the trainable parameters."""
         for parameter in self.trainable.values():
             parameter.requires_grad_(on)
 
@@ -90,8 +100,11 @@ class Denoiser:
         return self._call(x_t, model_t, cond, Call(blocks=tuple(frames)))[0]
 
     def _call(self, x_t: Tensor, model_t: Tensor, cond: Cond, call: Call) -> tuple[Tensor, list[Tensor]]:
-        shape = tuple(x_t.shape[1:])
-        topk = self.topk[shape] if shape in self.topk else self.net.topk(shape, self.sparsity)
-        attention = self.net.attention(shape, topk)
-        out = self.net(x_t, model_t, cond, replace(call, attention=attention))
+        attention = None if self.dense else self._attention(tuple(x_t.shape[1:]))
+        out = self.net(x_t, model_t, cond, replace(call, attention=attention, role=self.role))
         return wide(out.F), out.maps
+
+    def _attention(self, shape: tuple[int, ...]) -> Attention | None:
+        """Return how self-attention works on latents [C, ..]; None where it is dense."""
+        topk = self.topk[shape] if shape in self.topk else self.net.topk(shape, self.sparsity)
+        return self.net.attention(shape, topk)

@@ -39,16 +39,18 @@ def export_student(
     config = config_of(path, overrides)
     target = check_out(str(out), config, force)  # before anything is loaded
     run = restored(config, only=("student",))
-    net = run.nets["student"].net
+    student = run.nets["student"]
+    net = student.net
     averaged = run.ema if config.validation.weights == "ema" else None
     learned = averaged.shadow if averaged else run.optimizers["student"].masters
     weights = learned
-    if config.lora:
+    adapters = config.role_lora("student")
+    if adapters:
         # in bf16 W + B A would lose what is under W / 256 of B A
-        parameters = dict(net.float().named_parameters())
+        net.float()
         for name, value in learned.items():
-            parameters[name].data.copy_(value)
-        weights = merged(net)
+            student.trainable[name].data.copy_(value)
+        weights = merged(net, "student")
     if bad := not_finite(
         {"student": weights}
     ):  # a frozen weight under adapters, say: what learns was checked
@@ -58,9 +60,9 @@ def export_student(
     notes = list(limits(config))
     with written_beside(target) as part:
         config.family.export(part, net.config, weights, exported_scheduler(config), exported_from(config))
-        if config.lora and not config.lora.modules:
+        if adapters and not adapters.modules:
             file = part / "pytorch_lora_weights.safetensors"
-            export_lora(file, learned, config.lora.rank, config.lora.alpha, config.family.lora_prefix)
+            export_lora(file, learned, adapters.rank, adapters.alpha, config.family.lora_prefix)
         page = card(config, run.step, opening(part, target.name), notes)
         (part / "README.md").write_text(page, encoding="utf-8")
     return notes

@@ -18,14 +18,15 @@ from fastdmd.run import Run
 class Shapes(Net):
     """Stand in for a network: count each call by its shapes, and answer in the right ones.
 
-    A backward costs one forward for the inputs and one for the parameters.
+    A backward costs one forward for the inputs and one for the parameters, of which adapters are few.
     """
 
-    def __init__(self, net: Net, learns: bool, device: torch.device) -> None:
+    def __init__(self, net: Net, learns: bool, device: torch.device, adapters: bool = False) -> None:
         super().__init__()
         self.real: Any = (net,)  # in a tuple: it is no part of this module
         self.counted = 0
         self.widths = net.widths
+        self.adapters = adapters
         self.weight = nn.Parameter(torch.ones((), device=device), requires_grad=learns)
 
     def topk(self, shape: Iterable[int], sparsity: float) -> int | None:
@@ -47,7 +48,7 @@ class Shapes(Net):
         F = x_t * self.weight
         passes = 1
         if F.requires_grad:
-            passes += 2 if self.weight.requires_grad else 1
+            passes += 2 if self.weight.requires_grad and not self.adapters else 1
         self.counted += passes * self.flops(x_t.shape, cond.text.shape[1], call)
         if call.write:
             call.cache.tokens += math.prod(self.real[0].grid(x_t.shape))
@@ -68,7 +69,8 @@ def step_flops(run: Run) -> int:
         trained, nets = run.method.trains(phase), dict(run.nets)
         for role, denoiser in run.nets.items():
             if isinstance(denoiser.net, Net):  # a discriminator's heads are small
-                nets[role] = Denoiser(Shapes(denoiser.net, role in trained, run.device), run.schedule)
+                shapes = Shapes(denoiser.net, role in trained, run.device, denoiser.role is not None)
+                nets[role] = Denoiser(shapes, run.schedule, dense=denoiser.dense)
                 nets[role].keep(denoiser.sparsity, batch.latent_shape)
         rng = Rng(config.seed, run.step, f"{phase}{index}", micro, run.device)
         run.method.loss(phase, nets, batch, run.method.draw(phase, rng, batch.latent_shape, carry), carry)

@@ -220,9 +220,8 @@ class EMA:
         torch._foreach_lerp_(shadow, masters, weight)  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
-    def copy_to(self, net: nn.Module) -> None:
-        """Copy the shadow into a network's parameters of the same names."""
-        parameters = dict(net.named_parameters())
+    def copy_to(self, parameters: Mapping[str, Tensor]) -> None:
+        """Copy the shadow into a role's parameters of the same names."""
         for name, shadow in self.shadow.items():
             parameters[name].copy_(shadow)
 

@@ -1,7 +1,11 @@
-"""The roles of a run, and the one builder of their networks, for all that needs them."""
+"""The roles of a run, and the one builder of their networks, for all that needs them.
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+Roles that read the same weights share one network, where none of them trains those: each owns its adapters,
+and tells the network at a call who it is.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +16,29 @@ from fastdmd.config import Config
 from fastdmd.denoiser import Denoiser
 from fastdmd.methods import Method
 from fastdmd.methods.method import How
-from fastdmd.models.component import read_into
+from fastdmd.models import lora
+from fastdmd.models.component import Weights, read_into
 from fastdmd.models.family import Options
-from fastdmd.models.lora import LoraConfig, add_lora, lora_parameters, start_lora
+from fastdmd.models.lora import LoraConfig
 from fastdmd.models.net import Net, cast
 from fastdmd.schedule import Schedule
 
 
 @dataclass(frozen=True)
 class Role:
-    """What one network of a run is made of."""
+    """What one role of a run is made of."""
 
     name: str
     how: How  # it gets its weights: trained, frozen, the student's average, or heads at random
     path: str | None  # the diffusers folder that its weights are read from; None: at random from the seed
     options: Options  # what it has beside its weights
     lora: LoraConfig | None  # adapters that it trains in place of its own weights
+    network: str  # the first role on the same network
+
+    @property
+    def owns_network(self) -> bool:
+        """Return whether it trains or averages the network's own weights, so that no role can share it."""
+        return self.lora is None and self.how in ("train", "ema")
 
 
 @dataclass(frozen=True)
@@ -53,10 +64,37 @@ class Built:
 
 def roles_of(config: Config) -> dict[str, Role]:
     """Return the roles of a configuration by name, in the order in which they are built."""
-    return {
-        name: Role(name, how, config.role_path(name), config.role_options(name), config.role_lora(name))
-        for name, how in config.method.roles.items()
-    }
+    roles: dict[str, Role] = {}
+    for name, how in config.method.roles.items():
+        options = config.role_options(name)
+        role = Role(name, how, config.role_path(name), options, config.role_lora(name), name)
+        roles[name] = replace(role, network=shared_network(config, roles, role))
+    return roles
+
+
+def shared_network(config: Config, roles: Mapping[str, Role], role: Role) -> str:
+    """Return the first role whose network a role can share: its own name where there is none."""
+    for other in roles.values():
+        on_it = [each for each in roles.values() if each.network == other.name]
+        if (
+            on_it
+            and other.path == role.path is not None
+            and "heads" not in (role.how, other.how)
+            and not (role.owns_network or other.owns_network)
+            and merged_options(config, [*on_it, role]) is not None
+        ):
+            return other.name
+    return role.name
+
+
+def merged_options(config: Config, roles: Sequence[Role]) -> Options | None:
+    """Return the options of a network that has what each role asks for; None where there is none."""
+    every = [role.options for role in roles]
+    tile = next((options.tile for options in every if options.tile is not None), None)
+    causal = any(options.causal for options in every)
+    merged = Options(tile=tile, causal=causal, guidance_embedding=every[0].guidance_embedding)
+    alike = len({options.guidance_embedding for options in every}) == 1
+    return merged if alike and not list(config.family.refuses(merged)) else None
 
 
 def build_nets(
@@ -67,22 +105,37 @@ def build_nets(
     place: Place,
     depths: Mapping[str, int] | None = None,
 ) -> dict[str, Built]:
-    """Build the network of each role.
+    """Build the network of each role, once for all roles on it.
 
     depths: by role, at most so many of the blocks that are alike; on the meta device only.
     """
     built: dict[str, Built] = {}
-    for name, role in roles.items():
-        if role.how == "heads":
-            net = make_heads(config, method, {k: b.denoiser for k, b in built.items()}, place)
-            masters = {}
-        else:
-            net, masters = make_net(config, role, place, (depths or {}).get(name))
-        trainable = lora_parameters(net, role.lora.modules) if role.lora else None
-        denoiser = Denoiser(net, schedule, trainable)
-        denoiser.learn(False)
-        built[name] = Built(denoiser, masters)
-    return built
+    for network in dict.fromkeys(role.network for role in roles.values()):
+        on_it = [role for role in roles.values() if role.network == network]
+        if on_it[0].how == "heads":
+            heads = make_heads(config, method, {k: b.denoiser for k, b in built.items()}, place)
+            built[network] = Built(Denoiser(heads.requires_grad_(False), schedule), {})
+            continue
+        net, masters = make_net(config, on_it, place, (depths or {}).get(on_it[0].name))
+        net.requires_grad_(False)
+        for role in on_it:
+            built[role.name] = as_role(net, role, schedule, masters)
+    return {name: built[name] for name in roles}
+
+
+def as_role(net: Net, role: Role, schedule: Schedule, masters: Mapping[str, Tensor]) -> Built:
+    """Return a network as one of its roles has it.
+
+    masters: by the names of the network, of all roles on it.
+    """
+    if role.owns_network:
+        names = {name: name for name, _ in net.named_parameters()}
+    else:
+        names = lora.own_names(net, role.name)
+    trainable = {name: net.get_parameter(full) for name, full in names.items()}
+    acting = None if role.lora is None else role.name
+    denoiser = Denoiser(net, schedule, trainable, acting, dense=role.options.tile is None)
+    return Built(denoiser, {name: masters[full] for name, full in names.items() if full in masters})
 
 
 def make_heads(config: Config, method: Method, nets: Mapping[str, Denoiser], place: Place) -> Any:
@@ -95,58 +148,122 @@ def make_heads(config: Config, method: Method, nets: Mapping[str, Denoiser], pla
         return method.make_heads(nets).to(place.device)
 
 
-def make_net(config: Config, role: Role, place: Place, depth: int | None) -> tuple[Net, dict[str, Tensor]]:
-    """Return a role's network and its masters, prepared in this one order.
+def make_net(
+    config: Config, roles: Sequence[Role], place: Place, depth: int | None
+) -> tuple[Net, dict[str, Tensor]]:
+    """Return the network of some roles and their masters, prepared in this one order.
 
-    On the meta device: adapters. Then its weights, tensor by tensor, each cast as it is read.
+    On the meta device: copies and adapters. Then its weights, tensor by tensor, each cast as it is read.
     """
-    family, lora = config.family, role.lora
-    if role.path is None and not place.is_meta:
-        return from_scratch(config, role, place)
-    architecture = read_architecture(config, role)
+    family, path, options = config.family, roles[0].path, merged_options(config, roles)
+    assert options is not None
+    if path is None and not place.is_meta:
+        return from_scratch(config, roles, options, place)
+    architecture = read_architecture(config, roles[0])
     with torch.device("meta"):
-        net = family.make(architecture if depth is None else architecture.shallow(depth), role.options)
-    weights = None if place.is_meta else family.open_weights(Path(str(role.path)), net)
-    if lora:
-        with torch.device("meta"):
-            add_lora(net, lora.rank, lora.alpha, lora.targets)
+        net = family.make(architecture if depth is None else architecture.shallow(depth), options)
+    dense = any(role.options.tile is None for role in roles)
+    weights = None if place.is_meta else family.open_weights(Path(str(path)), net)
+    if weights is not None and dense:
+        refuse_gates(config, weights, roles)
+    with torch.device("meta"):
+        for role in roles:
+            add_adapters(config, net, role)
+    weights = without_gates(config, net, weights)
     masters: dict[str, Tensor] = {}
     if weights is None:
         cast(net, place.dtype)
     else:
-        masters = read_into(net, weights, place.device, place.dtype, trained_names(net, role))
-        if lora:
-            masters |= start_lora(net, config.run.seed, place.device, place.dtype)
-    prepare(config, net, place)
+        masters = read_into(net, weights, place.device, place.dtype, trained_names(net, roles))
+        for role in roles:
+            masters |= start_adapters(config, net, role, place)
+    prepare(config, net, place, dense)
     return net, masters
 
 
-def from_scratch(config: Config, role: Role, place: Place) -> tuple[Net, dict[str, Tensor]]:
+def refuse_gates(config: Config, weights: Weights, roles: Sequence[Role]) -> None:
+    """Raise ValueError for gates of sparse attention in a folder that a dense role reads too."""
+    zeros, gate = weights.zeros(), config.family.gate
+    trained = [name for name in weights.shapes if gate and f".{gate}." in name and name not in zeros]
+    if trained:
+        role = next(role.name for role in roles if role.options.tile is None)
+        raise ValueError(
+            f"{weights.path.parent}: {weights.path.name} has gates of video sparse attention "
+            f"({min(trained)}); set model.attention.{role} to 'vsa'"
+        )
+
+
+def add_adapters(config: Config, net: Net, role: Role) -> None:
+    """Give a role its adapters, of the gates of its sparse attention too."""
+    if role.lora is None:
+        return
+    targets = role.lora.targets
+    if role.options.tile is not None and config.family.gate is not None:
+        targets = (*dict.fromkeys((*targets, config.family.gate)),)
+    lora.add_lora(net, role.name, role.lora, targets, net.acting)
+
+
+def without_gates(config: Config, net: Net, weights: Weights | None) -> Weights | None:
+    """Leave out gates of sparse attention that adapters stand on and that the folder has none of.
+
+    They are zeros as large as a projection in each block. Without weights there are none.
+    """
+    absent: set[str] = set()
+    for name, layer in lora.modules_of(net):
+        is_gate = config.family.gate is not None and name.endswith(config.family.gate)
+        names = {f"{name}.weight", f"{name}.bias"}
+        if is_gate and hasattr(layer, "base_layer") and (weights is None or names <= weights.zeros()):
+            gate: Any = layer
+            gate.base_layer = lora.Zero(gate.out_features)
+            absent |= names
+    return None if weights is None else weights.without(absent)
+
+
+def start_adapters(config: Config, net: Net, role: Role, place: Place) -> dict[str, Tensor]:
+    """Set a role's adapters to where they start, and return their masters by the names of the network."""
+    if role.lora is None:
+        return {}
+    names = lora.own_names(net, role.name)
+    masters = lora.start_lora(net, role.name, config.run.seed, place.device, place.dtype)
+    if role.lora.path is not None:
+        read = lora.read_lora(Path(role.lora.path), config.family.lora_prefix, role.lora, names)
+        for name, value in read.items():
+            lora.set_parameter(net, names[name], value.to(place.device, place.dtype))
+            if place.dtype != torch.float32:
+                masters[name] = value.to(place.device)
+    return {names[name]: value for name, value in masters.items()}
+
+
+def from_scratch(
+    config: Config, roles: Sequence[Role], options: Options, place: Place
+) -> tuple[Net, dict[str, Tensor]]:
     """Return a network with random weights from the seed, and its masters."""
-    assert role.lora is None  # the configuration was checked
+    assert not any(role.lora for role in roles)  # the configuration was checked
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
-        net = config.family.make(read_architecture(config, role), role.options).start_from_scratch()
+        net = config.family.make(read_architecture(config, roles[0]), options).start_from_scratch()
     net.to(place.device)
     masters = cast(net, place.dtype)
-    prepare(config, net, place)
+    prepare(config, net, place, dense=options.tile is None)
     return net, masters
 
 
-def prepare(config: Config, net: Net, place: Place) -> None:
+def prepare(config: Config, net: Net, place: Place, dense: bool) -> None:
     """Checkpoint the blocks, of frozen networks too: SiD's pass gradient on; and make what calls share."""
     net.recompute_blocks(config.memory.checkpointing == "full")
     shape = (config.run.batch_size, *config.latent_shape())
-    net.prepare(shape, place.device, place.dtype)
+    net.prepare(shape, place.device, place.dtype, dense)
 
 
-def trained_names(net: Net, role: Role) -> frozenset[str]:
-    """Return the names of a role's own weights that are trained: those need masters."""
-    if role.how != "train":
-        return frozenset()
-    if role.lora:
-        return frozenset(lora_parameters(net, role.lora.modules))
-    return frozenset(name for name, _ in net.named_parameters())
+def trained_names(net: Net, roles: Sequence[Role]) -> frozenset[str]:
+    """Return the names of the weights that are trained: those need masters."""
+    names: set[str] = set()
+    for role in roles:
+        if role.how == "train" and role.lora is None:
+            names |= {name for name, _ in net.named_parameters()}
+        elif role.how == "train":
+            names |= set(lora.own_names(net, role.name).values())
+    return frozenset(names)
 
 
 def read_architecture(config: Config, role: Role) -> Any:

@@ -73,7 +73,7 @@ def follow_average(run: Run) -> None:
     for role, how in run.config.method.roles.items():
         if how == "ema" and role in run.nets:
             assert run.ema
-            run.ema.copy_to(run.nets[role].net)
+            run.ema.copy_to(run.nets[role].trainable)
 
 
 def set_sparsity(run: Run) -> None:

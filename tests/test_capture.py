@@ -36,6 +36,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "causal_sid": ("causal_sid",),
     "dcm": ("dcm",),
     "dcm_detail": ("dcm", *DETAIL),
+    "dmd_lora": ("dmd_lora",),
     "lcm": ("lcm",),
     "lcm_lora": ("lcm_lora",),
     "sdxl_dmd": ("sdxl_dmd",),

@@ -62,7 +62,7 @@ class Calls:
 
     def __init__(self, nets: Mapping[str, Denoiser]) -> None:
         self.made: list[Cost] = []
-        self.networks = [d.net for d in nets.values() if isinstance(d.net, Net)]
+        self.networks = dict.fromkeys(d.net for d in nets.values() if isinstance(d.net, Net))
         for net in self.networks:
             net.register_forward_pre_hook(self.begin)
             net.register_forward_hook(self.end)
@@ -71,7 +71,9 @@ class Calls:
         """Count before the call, which may write to a cache."""
         x_t, _, cond, call = args
         forward = net.flops(x_t.shape, cond.text.shape[1], call)
-        sides = 2 if any(p.requires_grad for p in net.parameters()) else 1  # inputs, and parameters
+        # inputs, and parameters, of which adapters are few
+        whole = any(p.requires_grad for name, p in net.named_parameters() if ".lora_" not in name)
+        sides = 2 if whole else 1
         self.made.append(Cost(forward, sides * forward))
 
     def end(self, net: Any, args: tuple[Any, ...], out: Out) -> None:

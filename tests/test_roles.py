@@ -16,6 +16,7 @@ from fastdmd import train
 from fastdmd.evaluation import evaluate
 from fastdmd.export import export_student
 from fastdmd.models.family import Options
+from fastdmd.models.lora import merged
 from fastdmd.models.sdxl import folder as sdxl_folder
 from fastdmd.models.wan import folder
 from fastdmd.models.wan.causal import CausalWan
@@ -25,7 +26,12 @@ from fastdmd.run import Run, build
 
 
 def parameters(run: Run, role: str) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in run.nets[role].net.named_parameters()}
+    """Return what a role's network is made of, as a network of its own."""
+    return {name: p.detach().clone() for name, p in merged(run.nets[role].net, role).items()}
+
+
+def learned(run: Run, role: str) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in run.nets[role].trainable.items()}
 
 
 def two_samples() -> Rng:
@@ -40,15 +46,16 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 def test_a_target_is_the_student_s_average_after_every_step(tmp_path, how, compute):
     run = build(make_config(tmp_path, how, f"precision.compute='{compute}'", "ema.start_step=0"))
-    start = parameters(run, "target")
-    assert changed(start, parameters(run, "student")) == set()
+    start = learned(run, "target")
+    assert changed(start, learned(run, "student")) == set()
     for _ in range(2):
         train.take_step(run)
         assert run.ema
-        target = parameters(run, "target")
+        target = learned(run, "target")
         assert changed({n: shadow.to(target[n]) for n, shadow in run.ema.shadow.items()}, target) == set()
-        assert not [p for p in run.nets["target"].net.parameters() if p.requires_grad or p.grad is not None]
-    assert changed(target, parameters(run, "student"))
+        own = run.nets["target"].trainable.values()
+        assert not [p for p in own if p.requires_grad or p.grad is not None]
+    assert changed(target, learned(run, "student"))
     assert changed(start, target)
 
 
@@ -67,15 +74,18 @@ def test_a_student_s_own_start_is_the_student_s_and_its_average_s_only(tmp_path)
 @pytest.mark.parametrize("how", ["lcm_lora", "sdxl_lcm_lora"])
 def test_adapters_are_all_that_learns_and_is_kept(tmp_path, how):
     run = build(make_config(tmp_path, how))
-    before = parameters(run, "student")
+    net = run.nets["student"].net
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
     train.take_step(run)
-    moved = changed(before, parameters(run, "student"))
-    adapters = {name for name in before if ".lora_A." in name or ".lora_B." in name}
-    assert moved
-    assert moved <= adapters
-    assert adapters == set(run.optimizers["student"].masters) == set(run.ema.shadow if run.ema else ())
-    grads = [name for name, p in run.nets["student"].net.named_parameters() if p.requires_grad]
-    assert set(grads) == adapters
+    moved = changed(before, dict(net.named_parameters()))
+    adapters = {name for name in before if ".lora_A.student." in name or ".lora_B.student." in name}
+    average = {name.replace(".student.", ".target.") for name in adapters}
+    assert moved & adapters
+    assert moved <= adapters | average
+    own = set(run.nets["student"].trainable)
+    assert len(own) == len(adapters)
+    assert own == set(run.optimizers["student"].masters) == set(run.ema.shadow if run.ema else ())
+    assert {name for name, p in net.named_parameters() if p.requires_grad} == adapters
 
 
 def test_modules_can_be_trained_whole_beside_adapters(tmp_path):
@@ -94,13 +104,13 @@ def test_an_export_of_adapters_is_merged_in_float32(tmp_path, weights):
     )
     export_student(run.folder, tmp_path / "out")
     out = dict(folder.load(tmp_path / "out").named_parameters())
-    start = dict(run.nets["teacher"].net.named_parameters())
+    start = parameters(run, "teacher")
     assert run.ema
-    learned = run.ema.shadow if weights == "ema" else run.optimizers["student"].masters
-    found = {name.partition(".lora_")[0] for name in learned}
+    kept = run.ema.shadow if weights == "ema" else run.optimizers["student"].masters
+    found = {name.partition(".lora_")[0] for name in kept}
     assert found
     for name in found:
-        A, B = (learned[f"{name}.lora_{side}.default.weight"] for side in "AB")
+        A, B = (kept[f"{name}.lora_{side}.weight"] for side in "AB")
         merged = start[f"{name}.weight"].float() + 4.0 / 2 * B @ A
         torch.testing.assert_close(out[f"{name}.weight"], merged, rtol=1e-6, atol=1e-7)
         assert not torch.equal(merged, merged.bfloat16().float())
@@ -120,9 +130,10 @@ def test_an_export_of_adapters_computes_what_the_student_does(tmp_path, how):
     x, t = torch.randn(2, *run.world.latent_shape), torch.tensor([999.0, 500.0])
     cond = replace(batch.cond, guidance=w)
     with torch.no_grad(), evaluate.validation_weights(run):
-        want = run.nets["student"].net(x, t, cond).F
+        student, teacher = run.nets["student"], run.nets["teacher"]
+        want = student.features(x, t, cond, ())[0]
         torch.testing.assert_close(net(x, t, cond).F, want, rtol=1e-4, atol=1e-4)
-        start = run.nets["teacher"].net(x, t, batch.cond).F
+        start = teacher.features(x, t, batch.cond, ())[0]
         assert float((want - start).abs().max()) > 1e-2
     file = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
     assert len(file) == len(run.optimizers["student"].masters)

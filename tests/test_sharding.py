@@ -14,6 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from fastdmd.batch import Cond
+from fastdmd.models.lora import own_parameters
 from fastdmd.models.net import Net, cast
 from fastdmd.models.wan.net import Wan
 from fastdmd.run import Run, build
@@ -65,13 +66,14 @@ def test_a_sharded_step_has_the_gradients_of_the_whole(tmp_path, mesh, case):
     """To 1e-5 in relative norm, over two steps of every phase."""
     config = make_config(tmp_path, *CASES[case])
     expected, run = two_steps(build(config)), build(config)
-    for denoiser in run.nets.values():
-        if isinstance(denoiser.net, Net):
-            names = list(denoiser.trainable)
-            shard(denoiser.net, mesh)
-            parameters = dict(denoiser.net.named_parameters())  # after sharding: those before get no gradient
-            denoiser.trainable = {name: parameters[name] for name in names}
-            assert all(isinstance(p, DTensor) for p in parameters.values())
+    for net in {denoiser.net for denoiser in run.nets.values() if isinstance(denoiser.net, Net)}:
+        shard(net, mesh)
+        assert all(isinstance(p, DTensor) for p in net.parameters())
+    for denoiser in run.nets.values():  # after sharding: parameters from before get no gradient
+        if denoiser.role is not None:
+            denoiser.trainable = own_parameters(denoiser.net, denoiser.role)
+        elif denoiser.trainable and isinstance(denoiser.net, Net):
+            denoiser.trainable = dict(denoiser.net.named_parameters())
     for (phase, loss, grads), (_, exact, wanted) in zip(two_steps(run), expected, strict=True):
         torch.testing.assert_close(loss, exact, rtol=1e-5, atol=0)
         assert grads.keys() == wanted.keys(), phase

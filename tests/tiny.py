@@ -131,11 +131,13 @@ rank = 2
 alpha = 4.0
 targets = ["to_q", "to_v"]
 """
+DMD_LORA = DMD.replace("[critic]\n", '[critic]\ntrain = "lora"\n') + LORA
 SDXL_LCM = of_images(LCM).replace("guidance = 2.0", "guidance = 2.0\nguidance_embedding = true")
 SDXL_DMD = of_images(DMD).replace("[1000, 757, 522]", "[1000, 750, 500]")
 TEXTS = {
     "flow": FLOW,
     "dmd": DMD,
+    "dmd_lora": DMD_LORA,
     "causal_sid": CAUSAL_SID,
     "dcm": DCM,
     "causal_flow": FLOW.replace('name = "flow"', 'name = "flow"\nframes_per_block = 2').replace(
@@ -144,6 +146,7 @@ TEXTS = {
     "lcm": LCM,
     "lcm_lora": LCM.replace("guidance = 2.0", 'guidance = 2.0\ntarget = "student"') + LORA,
     "sdxl_dmd": SDXL_DMD,
+    "sdxl_dmd_lora": of_images(DMD_LORA).replace("[1000, 757, 522]", "[1000, 750, 500]"),
     "sdxl_lcm": SDXL_LCM,
     "sdxl_lcm_lora": SDXL_LCM + LORA,
 }

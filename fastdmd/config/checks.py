@@ -115,13 +115,19 @@ def _check_folders(config: Config) -> Problems:
 
 
 def _check_lora(config: Config) -> Problems:
-    if config.student.train == "lora" and config.lora is None:
+    takes = [role for role in ("student", "critic") if (own := getattr(config, role)) and own.train == "lora"]
+    if takes and config.lora is None:
         yield (
             "lora",
-            "missing; student.train = 'lora' needs it: add the table [lora] with rank, alpha and targets",
+            f"missing; {takes[0]}.train = 'lora' needs it: add the table [lora] with rank, alpha and targets",
         )
-    if config.lora is not None and config.student.train != "lora":
+    if config.lora is not None and not takes:
         yield "lora", "no role uses it; set student.train = 'lora' too, or remove the table"
+    if config.lora is not None and config.lora.path:
+        if "student" not in takes:
+            yield "lora.path", "the student has no adapters; set student.train = 'lora', or remove the key"
+        elif not Path(config.lora.path).is_file():
+            yield "lora.path", f"{config.lora.path!r} is no file; name a .safetensors file of adapters"
 
 
 def _check_data(config: Config) -> Problems:
@@ -265,7 +271,7 @@ CHECKS: dict[Callable[[Config], Problems], set[str]] = {  # by the tables that e
     _check_schedule: {"method", "model", "schedule"},
     _check_options: {"method", "model", "vsa", "rollout"},
     _check_folders: {"method", "model", "student", "teacher", "critic"},
-    _check_lora: {"student", "lora"},
+    _check_lora: {"student", "critic", "lora"},
     _check_unused: {"method", "teacher", "critic", "rollout", "ema"},
     _check_optim: {"method", "optim"},
     _check_weights: {"method", "model", "student", "teacher", "critic"},

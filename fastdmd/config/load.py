@@ -12,7 +12,7 @@ from fastdmd.config.schema import OPTIONAL_TABLES, Config
 
 PATHS = (  # the keys that name files or folders, and what they may have beside them
     *("run.output_dir", "model.path", "student.path", "teacher.path", "critic.path"),
-    *("data.sources", "checkpoint.resume"),
+    *("lora.path", "data.sources", "checkpoint.resume"),
 )
 WORDS = ("", "shapes", "latest")
 
@@ -35,7 +35,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, elsewhere: bool = F
             for key, message in check(config):
                 source.error(tuple(key.split(".")), message)
     if elsewhere:
-        source.forget(("data", "sources"), ("run", "device"))
+        source.forget(("data", "sources"), ("lora", "path"), ("run", "device"))
     source.raise_errors()
     return _absolute(config)
 

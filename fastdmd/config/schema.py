@@ -1,7 +1,7 @@
 """The configuration of a run: one complete TOML, a frozen dataclass for each table, each where it is used."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union
 
@@ -161,7 +161,11 @@ class Config:
 
     def role_lora(self, role: str) -> LoraConfig | None:
         """Return the adapters that a role trains in place of its own weights."""
-        return self.lora if role in ("student", "target") and self.student.train == "lora" else None
+        if role in ("student", "target") and self.student.train == "lora":
+            return self.lora
+        if role == "critic" and self.critic and self.critic.train == "lora" and self.lora:
+            return replace(self.lora, path=None)
+        return None
 
     def role_path(self, role: str) -> str | None:
         return self.role_source(role)[1]

@@ -33,7 +33,7 @@ def validation_weights(run: Run) -> Iterator[None]:
     student = run.nets["student"]
     kept = {name: p.detach().clone() for name, p in student.trainable.items()}
     try:
-        run.ema.copy_to(student.net)
+        run.ema.copy_to(student.trainable)
         yield
     finally:
         for name, p in student.trainable.items():

@@ -21,6 +21,7 @@ from fastdmd.schedule import Coeffs, Schedule, send, shift, student_times, times
 
 @dataclass(frozen=True, kw_only=True)
 class CriticConfig:
+    train: Literal["full", "lora"] = "full"
     path: str | None = None  # weights to start from; absent: model.path
     updates_per_generator: int = 5
     updates_per_rollout: int = 1  # critic updates that share one rollout, so one step

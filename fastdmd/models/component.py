@@ -11,8 +11,9 @@ from typing import Any, cast
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastdmd.models.lora import clean, set_parameter
 from fastdmd.models.net import Net
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -68,6 +69,15 @@ class Weights:
         """Return them with zeros of these shapes beside."""
         places = {**self.places, **dict.fromkeys(shapes)}
         return Weights(self.path, {**self.shapes, **shapes}, places)
+
+    def zeros(self) -> set[str]:
+        """Return the names of the tensors that are in no file."""
+        return {name for name, place in self.places.items() if place is None}
+
+    def without(self, names: Container[str]) -> "Weights":
+        """Return the tensors but for some."""
+        shapes = {name: shape for name, shape in self.shapes.items() if name not in names}
+        return Weights(self.path, shapes, {name: self.places[name] for name in shapes})
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Read every tensor once, file by file; only one is in memory at a time."""
@@ -142,18 +152,19 @@ def read_into(
     """Read a network's tensors one by one, each cast as it is read, and return the masters of `trained`.
 
     Peak memory is the network in its compute dtype, the float32 masters of what is trained and rounded, and
-    one tensor. Names are those without adapters, whose layers hold theirs at `.base_layer`.
+    one tensor. Names are those without adapters; a copy of a module that a role owns starts as the module.
     """
-    names = {name.replace(".base_layer", ""): name for name, _ in net.named_parameters()}
+    names: dict[str, list[str]] = {}
+    for name, _ in net.named_parameters():
+        names.setdefault(clean(name), []).append(name)
     masters: dict[str, Tensor] = {}
     for name, value in weights:
-        owner, _, leaf = names[name].rpartition(".")
-        keeps = net.keeps_float32(name)
-        # a copy: tensors read on the CPU are views of the file, which may be written over while a run goes on
-        cast = value.to(device, torch.float32 if keeps else dtype, copy=True)
-        setattr(net.get_submodule(owner), leaf, nn.Parameter(cast, requires_grad=False))
-        if names[name] in trained and cast.dtype != torch.float32:
-            masters[names[name]] = value.to(device, torch.float32, copy=True)
+        as_cast = torch.float32 if net.keeps_float32(name) else dtype
+        for there in names[name]:
+            # a copy: tensors read on the CPU are views of the file, which may be written over during a run
+            set_parameter(net, there, value.to(device, as_cast, copy=True))
+            if there in trained and as_cast != torch.float32:
+                masters[there] = value.to(device, torch.float32, copy=True)
     return masters
 
 

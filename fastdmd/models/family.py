@@ -76,6 +76,7 @@ class Family(ABC, Generic[A, N, S]):
     text_tokens: ClassVar[int]  # of an encoded prompt
     is_flow: ClassVar[bool]  # whether it predicts velocities, at times that [schedule] shifts
     lora_prefix: ClassVar[str]  # of names in a file of adapters
+    gate: ClassVar[str | None] = None  # end of the names of sparse attention's gates: a folder may lack them
 
     @abstractmethod
     def read_config(self, folder: Path) -> A:

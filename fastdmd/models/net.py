@@ -50,6 +50,7 @@ class Call:
     blocks: tuple[int, ...] = ()  # frames of each block of a causal network in one pass; (): one block of all
     cache: Any = None  # a video from `start_video` of a causal network: the frames follow those that it holds
     write: bool = False  # the frames' own keys and values stay in the cache
+    role: str | None = None  # whose adapters and copies of modules are taken; None: nobody's
 
 
 PLAIN = Call()
@@ -70,6 +71,10 @@ class Net(nn.Module, ABC):
     checkpointing = False  # whether the blocks are recomputed in the backward
     blocks: Sequence[nn.Module] | nn.ModuleList  # in the order of the walk
     widths: tuple[int, ...]  # channels after each block
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.acting: list[str] = []  # the role of the call that runs, where modules inside cannot be given it
 
     @abstractmethod
     def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond, call: Call = PLAIN) -> Out:
@@ -98,10 +103,13 @@ class Net(nn.Module, ABC):
         """Return an empty cache for videos [B, C, T, H, W], of a causal network."""
         raise ValueError(f"{type(self).__name__} makes no video block by block")
 
-    def prepare(self, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> None:
+    def prepare(
+        self, shape: Sequence[int], device: torch.device, dtype: torch.dtype, dense: bool = False
+    ) -> None:
         """Make what calls on latents [B, C, ..] of that shape share.
 
-        That is tables, and the choice of the dense attention.
+        That is tables, and the choice of the dense attention. dense: some calls of a network with sparse
+        attention attend to all.
         """
 
     def recompute_blocks(self, on: bool) -> None:

@@ -74,7 +74,8 @@ def trace(config: Config, depths: Depths | None, first_exit: bool = False) -> Tr
         live.begin("build")
         built = build_nets(config, roles, method, schedule, place, depths)
         nets = {name: each.denoiser for name, each in built.items()}
-        optimizers = {name: hold_role(live, config, roles[name], each) for name, each in built.items()}
+        hold_networks(live, roles, nets)
+        optimizers = {name: hold_role(live, config, name, each) for name, each in built.items()}
         trained = {name: optimizer for name, optimizer in optimizers.items() if optimizer}
         found.parameters = {name: sum(p.numel() for p in d.net.parameters()) for name, d in nets.items()}
         found.trained = {name: sum(m.numel() for m in o.masters.values()) for name, o in trained.items()}
@@ -97,13 +98,20 @@ def trace(config: Config, depths: Depths | None, first_exit: bool = False) -> Tr
     return found
 
 
-def hold_role(live: Live, config: Config, role: Role, built: Built) -> Optimizer | None:
-    """Say what a role's tensors are for, and give it its masters and moments where it learns."""
-    denoiser, name = built.denoiser, role.name
-    adapters = [p for key, p in denoiser.net.named_parameters() if ".lora_" in key]
-    live.hold(denoiser.net.parameters(), f"weights, {name}")
-    live.hold(denoiser.net.buffers(), f"weights, {name}")
-    live.hold(adapters, f"adapters, {name}")
+def hold_networks(live: Live, roles: Mapping[str, Role], nets: Mapping[str, Denoiser]) -> None:
+    """Say what the tensors of each network are for: shared weights are of all roles on it."""
+    for network in dict.fromkeys(role.network for role in roles.values()):
+        on_it = [name for name, role in roles.items() if role.network == network]
+        net = nets[network].net
+        live.hold([*net.parameters(), *net.buffers()], f"weights, {' + '.join(on_it)}")
+        for name in on_it:
+            if roles[name].lora:
+                live.hold(nets[name].trainable.values(), f"adapters, {name}")
+
+
+def hold_role(live: Live, config: Config, name: str, built: Built) -> Optimizer | None:
+    """Give a role its masters and moments where it learns."""
+    denoiser = built.denoiser
     if name not in TRAINABLE:
         return None
     masters: dict[str, Tensor] = {}

@@ -4,8 +4,9 @@ On the meta device and in a folder with what the configurations name, but for we
 """
 
 import json
+import re
 import tomllib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,7 @@ from fastdmd.models.sdxl.family import GUIDANCE_EMBEDDING
 from fastdmd.models.sdxl.folder import Noise
 from fastdmd.models.sdxl.net import SDXLConfig
 from fastdmd.models.wan.layers import WanConfig
+from fastdmd.roles import roles_of
 from fastdmd.warm import nets_on_meta, step_on_meta
 
 ROOT = Path(__file__).parents[2]
@@ -183,7 +185,9 @@ def published(path: Path) -> int:
 
 
 def count(net: torch.nn.Module) -> int:
-    return sum(p.numel() for name, p in net.named_parameters() if ".lora_" not in name)
+    """Return the parameters of a network that are no role's own adapters or copies."""
+    own = (".lora_", ".own.")
+    return sum(p.numel() for name, p in net.named_parameters() if not any(mark in name for mark in own))
 
 
 def added(config: Config, role: str, net) -> int:
@@ -229,13 +233,16 @@ def test_a_step_trains_what_it_should(path, extra):
     config = configs.load(path, extra)
     depth = 2 if config.method.name == "dcm" else None
     nets = step_on_meta(config, config.vsa.sparsity if config.vsa else 0.0, depth)
+    roles, wanted = roles_of(config), defaultdict[str, set[str]](set)
     for role, denoiser in nets.items():
         names = {name for name, _ in denoiser.net.named_parameters()} if role in TRAINABLE else set()
-        if role == "student" and config.lora:
-            whole = tuple(f"{module}." for module in config.lora.modules)
-            names = {name for name in names if ".lora_" in name or name.startswith(whole)}
-        assert {name for name, p in denoiser.net.named_parameters() if p.grad is not None} == names, role
+        if roles[role].lora:
+            names = {n for n in names if re.search(rf"\.(own|lora_A|lora_B)\.{role}\.", n)}
+        wanted[roles[role].network] |= names
         assert names or role not in TRAINABLE
+    for role, names in wanted.items():
+        learned = {name for name, p in nets[role].net.named_parameters() if p.grad is not None}
+        assert learned == names, role
 
 
 @pytest.mark.parametrize(("path", "extra"), RUNS)

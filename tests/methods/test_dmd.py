@@ -108,9 +108,9 @@ def test_critic_of_an_eps_model_learns_eps():
 
 
 def test_every_key_has_a_test():
-    """The rest: updates_per_* and path below, what only causal rollouts read in test_causal."""
+    """The rest: updates_per_* and path below, causal rollouts' in test_causal, train in test_shared_base."""
     keys = {field.name for cls in (Config, CriticConfig, rollouts.Config) for field in fields(cls)}
-    elsewhere = {"updates_per_generator", "updates_per_rollout", "path", "name"}
+    elsewhere = {"updates_per_generator", "updates_per_rollout", "path", "train", "name"}
     causal = {"frames_per_block", "independent_first_frame", "shared_exit_step", "context_noise"}
     gan = {"gan_weight", "gan_critic_weight", "gan_layers"}  # in test_gan
     assert keys == OVERRIDES.keys() | elsewhere | causal | gan

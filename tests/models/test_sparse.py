@@ -74,9 +74,17 @@ def test_the_gate_is_read_from_the_modulated_tokens():
 
 
 @pytest.mark.parametrize("dense", [None, attention.Dense()], ids=["unsaid", "said"])
-def test_a_network_with_gates_is_not_called_dense(dense):
-    with pytest.raises(ValueError, match="the attention of its grid"):
-        Wan(ARCHITECTURE, TILE)(*inputs(), Call(attention=dense))
+def test_a_dense_call_of_a_network_with_gates_is_that_of_one_without(dense):
+    """In raster order, bit for bit, before and after a sparse call."""
+    torch.manual_seed(0)
+    net, batch = randomized(Wan(ARCHITECTURE, TILE)), inputs()
+    plain = Wan(ARCHITECTURE)
+    plain.load_state_dict({name: x for name, x in net.state_dict().items() if "gate" not in name})
+    assert torch.equal(net(*batch, Call(attention=dense)).F, plain(*batch).F)
+    sparse = called(net, batch, 0.5)
+    assert not torch.allclose(sparse, plain(*batch).F, atol=1e-3)
+    assert torch.equal(net(*batch, Call(attention=dense)).F, plain(*batch).F)
+    assert torch.equal(called(net, batch, 0.5), sparse)
 
 
 @pytest.mark.parametrize("tile", [None, TILE], ids=["dense", "sparse"])
@@ -84,7 +92,7 @@ def test_networks_of_one_grid_and_device_have_tables_of_their_own(tile):
     """Fake tensors of one would stand in another's calls if a module kept them, by grid and device."""
 
     def tables(net: Wan) -> list[torch.Tensor]:
-        geometry = net.geometry((3, 5, 4), torch.device("cpu"))
+        geometry = net.geometry((3, 5, 4), torch.device("cpu"), tile is not None)
         return [geometry.rope, *(geometry.tiles.on(torch.device("cpu")) if geometry.tiles else ())]
 
     def output(net: Wan) -> torch.Tensor:
@@ -122,10 +130,10 @@ def test_networks_share_no_tables():
         shapes = Wan(ARCHITECTURE, TILE)
         batch = inputs()
         called(shapes, batch, 0.5)
-    assert {device.type for _, device in shapes.geometries} == {"meta"}
+    assert {device.type for _, device, _ in shapes.geometries} == {"meta"}
     net = Wan(ARCHITECTURE, TILE)
     assert called(net, inputs(), 0.5).isfinite().all()
-    assert {device.type for _, device in net.geometries} == {"cpu"}
+    assert {device.type for _, device, _ in net.geometries} == {"cpu"}
 
 
 def test_cross_attention_stays_dense():

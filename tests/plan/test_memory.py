@@ -32,6 +32,9 @@ FORMS: dict[str, tuple[str, ...]] = {
     "dmd_full": ("dmd", "memory.checkpointing='full'"),
     "dmd_sparse": ("dmd", *VSA),
     "dmd_two": ("dmd", "run.grad_accum=2"),
+    "dmd_lora": ("dmd_lora",),
+    "dmd_lora_full": ("dmd_lora", "memory.checkpointing='full'"),
+    "dmd_lora_sparse": ("dmd_lora", *VSA),
     "lcm": ("lcm",),
     "lcm_lora": ("lcm_lora",),
     "causal_flow": ("causal_flow",),
@@ -85,7 +88,7 @@ def same(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("form", "first_exit"), [("dmd_full", True), ("dmd_sparse", False), ("lcm_lora", False)]
+    ("form", "first_exit"), [("dmd_full", True), ("dmd_sparse", False), ("dmd_lora_sparse", False)]
 )
 def test_a_few_blocks_give_the_bytes_of_all(tmp_path, form, first_exit, monkeypatch):
     assert_exact(config_of(tmp_path, form, layers=6), first_exit, monkeypatch)

@@ -146,7 +146,9 @@ def test_adapters_are_apart_and_learn_alone(tmp_path):
     assert LORA.strip().startswith("[student]")
     assert plan.trained["student"] < plan.parameters["student"] / 4
     assert plan.by["adapters, student"] > 0
-    assert plan.by["weights, student"] > plan.by["adapters, student"]
+    base = "weights, student + teacher"  # once for both
+    assert plan.by[base] > plan.by["adapters, student"]
+    assert [kind for kind in plan.by if kind.startswith("weights")] == [base]
 
 
 def test_the_command_needs_a_config_json_alone(tmp_path):

@@ -4,15 +4,18 @@ B batch, C channel, H W space, S text tokens, D cross_attention_dim, P pooled_di
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 from fastdmd.batch import Cond
+from fastdmd.models.lora import base_of
 from fastdmd.models.net import PLAIN, Call, Net, Out
 from fastdmd.schedule import wide
 
@@ -172,9 +175,31 @@ class SDXL(Net):
     def recompute_blocks(self, on: bool) -> None:
         super().recompute_blocks(on)
         if on:
-            self.unet.enable_gradient_checkpointing()
+            self.unet.enable_gradient_checkpointing(self._recomputed)
         else:
             self.unet.disable_gradient_checkpointing()
+
+    def _recomputed(self, module: nn.Module, *arguments: object) -> Any:
+        """Return what a module makes of its arguments, computed anew in the backward by the same role."""
+        if not self.acting:
+            return cast("Any", checkpoint(module.__call__, *arguments, use_reentrant=False))
+        role = list(self.acting)
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), self._acting_as(role)
+
+        out = checkpoint(module.__call__, *arguments, use_reentrant=False, context_fn=contexts)  # pyright: ignore[reportUnknownVariableType]
+        return cast("Any", out)
+
+    @contextmanager
+    def _acting_as(self, role: Sequence[str]) -> Generator[None]:
+        """Take the adapters and copies of a role inside."""
+        before = list(self.acting)
+        self.acting[:] = role
+        try:
+            yield
+        finally:
+            self.acting[:] = before
 
     @torch.no_grad()
     def start_from_scratch(self) -> Self:
@@ -195,13 +220,14 @@ class SDXL(Net):
         Each is on its own grid.
         """
         assert not call.blocks, "SDXL makes images"
-        dtype = self.unet.conv_in.weight.dtype
+        dtype = base_of(self.unet.conv_in).weight.dtype
         if cond.pooled is None or cond.time_ids is None:
             raise ValueError(
                 "SDXL needs Cond.pooled and Cond.time_ids beside the text; this world gives neither"
             )
         embedding = self._guidance_embedding(cond.guidance)
         self.wanted = call.layers
+        self.acting[:] = [] if call.role is None else [call.role]
         (F,) = self.unet(
             x_t.to(dtype),
             model_t,

@@ -89,17 +89,19 @@ class CausalWan(Wan):
         super().__init__(config)
         self._cache: KVCache | None = None
 
-    def prepare(self, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> None:
+    def prepare(
+        self, shape: Sequence[int], device: torch.device, dtype: torch.dtype, dense: bool = False
+    ) -> None:
         """Make the tables and the cache of videos [B, C, T, H, W], and choose the dense attention."""
-        super().prepare(shape, device, dtype)
+        super().prepare(shape, device, dtype, dense)
         self.start_video(shape)
 
-    def geometry(self, grid: Grid, device: torch.device) -> Geometry:
+    def geometry(self, grid: Grid, device: torch.device, is_tiled: bool = False) -> Geometry:
         """Return the tables of a token grid: of the beginning of a longer video, the beginning of its own."""
-        for (known, where), geometry in self.geometries.items():
+        for (known, where, _), geometry in self.geometries.items():
             if where == device and known[1:] == grid[1:] and known[0] >= grid[0]:
                 return geometry._replace(rope=geometry.rope[:, : math.prod(grid)])
-        return super().geometry(grid, device)
+        return super().geometry(grid, device, is_tiled)
 
     def start_video(self, shape: Iterable[int]) -> Video:
         """Return an empty cache for videos [B, C, T, H, W].
@@ -107,8 +109,7 @@ class CausalWan(Wan):
         It is the one of the video before where that fits: only one is in memory, allocated once per run.
         """
         B, *latent = shape
-        weight = self.patch_embedding.weight
-        fits = (B, self.grid(latent), weight.dtype, weight.device)
+        fits = (B, self.grid(latent), self.dtype, self.scale_shift_table.device)
         if self._cache is None or self._cache.fits != fits:
             self._cache = None  # frees the memory before it is taken again
             self._cache = KVCache(self.config, *fits)
@@ -143,9 +144,9 @@ class CausalWan(Wan):
             )
         whole = self.geometry(cache.grid, x_t.device)
         geometry = whole._replace(rope=whole.rope[:, start:stop])
-        time, modulation, text = self.embed(model_t, cond)
+        time, modulation, text = self.embed(model_t, cond, call.role)
         attentions = [video.attention(i, call.write) for i in range(self.config.num_layers)]
-        out = self.trunk(x_t, time[:, None], modulation[:, :, None], text, geometry, attentions, call.layers)
+        out = self.trunk(x_t, time[:, None], modulation[:, :, None], text, geometry, attentions, call)
         if call.write:
             video.tokens = stop
         return out
@@ -161,12 +162,12 @@ class CausalWan(Wan):
                 f"and patches of {pt}"
             )
         lengths = tuple(k // pt * grid[1] * grid[2] for k in frames)
-        time, modulation, text = self.embed(model_t.flatten(), cond)
+        time, modulation, text = self.embed(model_t.flatten(), cond, call.role)
         time = per_token(time.view(B, n, *time.shape[1:]), lengths)
         modulation = per_token(modulation.view(B, n, *modulation.shape[1:]), lengths).transpose(1, 2)
         attentions = [Masked(block_causal_mask(lengths, x_t.device))] * self.config.num_layers
         geometry = self.geometry(grid, x_t.device)
-        return self.trunk(x_t, time, modulation, text, geometry, attentions, call.layers)
+        return self.trunk(x_t, time, modulation, text, geometry, attentions, call)
 
     def flops(self, shape: Iterable[int], text_tokens: int, call: Call = PLAIN) -> int:
         """Return what Wan's does, of a block that also sees the tokens of the blocks in the cache."""

@@ -42,6 +42,7 @@ class WanFamily(family.Family[WanConfig, Wan, FlowSchedule]):
     text_tokens = frozen_parts.TEXT_TOKENS
     is_flow = True
     lora_prefix = "transformer."
+    gate = "to_gate_compress"
 
     def read_config(self, folder: Path) -> WanConfig:
         return diffusers_folder.read_config(folder)

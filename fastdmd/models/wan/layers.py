@@ -14,7 +14,8 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from fastdmd.models.attention import Attention as SelfAttention
-from fastdmd.models.attention import Dense
+from fastdmd.models.attention import Dense, Sparse
+from fastdmd.models.lora import base_of, linear
 from fastdmd.schedule import wide
 from fastdmd_kernels.tiles import Grid, Tiles
 
@@ -117,8 +118,8 @@ class TwoLinear(nn.Module):
         super().__init__()
         self.linear_1, self.act, self.linear_2 = nn.Linear(d_in, d_out), act, nn.Linear(d_out, d_out)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(self.act(self.linear_1(x)))
+    def forward(self, x: Tensor, role: str | None = None) -> Tensor:
+        return linear(self.linear_2, self.act(linear(self.linear_1, x, role)), role)
 
 
 class ConditionEmbedder(nn.Module):
@@ -130,11 +131,14 @@ class ConditionEmbedder(nn.Module):
         self.time_proj = nn.Linear(D, 6 * D)
         self.text_embedder = TwoLinear(config.text_dim, D, nn.GELU(approximate="tanh"))
 
-    def forward(self, model_t: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, model_t: Tensor, text: Tensor, role: str | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return time [B, D], block modulation [B, 6, D] and text [B, S, D]."""
-        dtype = self.time_embedder.linear_1.weight.dtype
-        time = self.time_embedder(time_frequencies(model_t, self.freq_dim).to(dtype)).to(text.dtype)
-        return time, self.time_proj(nnf.silu(time)).unflatten(1, (6, -1)), self.text_embedder(text)
+        dtype = base_of(self.time_embedder.linear_1).weight.dtype
+        time = self.time_embedder(time_frequencies(model_t, self.freq_dim).to(dtype), role).to(text.dtype)
+        modulation = linear(self.time_proj, nnf.silu(time), role).unflatten(1, (6, -1))
+        return time, modulation, self.text_embedder(text, role)
 
 
 class Attention(nn.Module):
@@ -146,7 +150,6 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(D, D)])
         # over the whole width, not per head
         self.norm_q, self.norm_k = nn.RMSNorm(D, eps=config.eps), nn.RMSNorm(D, eps=config.eps)
-        self.gated = gated
         if gated:  # of the coarse branch; zero, so that at sparsity 0 it is dense attention
             self.to_gate_compress = nn.Linear(D, D)
             nn.init.zeros_(self.to_gate_compress.weight)
@@ -158,15 +161,18 @@ class Attention(nn.Module):
         context: Tensor,
         rope: Tensor | None = None,
         attention: SelfAttention = DENSE,
+        role: str | None = None,
     ) -> Tensor:
         heads = (self.N, -1)
-        q = self.norm_q(self.to_q(x)).unflatten(-1, heads)  # [B, L, N, K]
-        k = self.norm_k(self.to_k(context)).unflatten(-1, heads)
-        v = self.to_v(context).unflatten(-1, heads)
+        q = self.norm_q(linear(self.to_q, x, role)).unflatten(-1, heads)  # [B, L, N, K]
+        k = self.norm_k(linear(self.to_k, context, role)).unflatten(-1, heads)
+        v = linear(self.to_v, context, role).unflatten(-1, heads)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        gate = self.to_gate_compress(x).unflatten(-1, heads) if self.gated else None
-        return self.to_out[0](attention(q, k, v, gate).flatten(2))
+        gate = None
+        if isinstance(attention, Sparse):
+            gate = linear(self.to_gate_compress, x, role).unflatten(-1, heads)
+        return linear(self.to_out[0], attention(q, k, v, gate).flatten(2), role)
 
 
 class GELUProjection(nn.Module):
@@ -174,8 +180,8 @@ class GELUProjection(nn.Module):
         super().__init__()
         self.proj = nn.Linear(d_in, d_out)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return nnf.gelu(self.proj(x), approximate="tanh")
+    def forward(self, x: Tensor, role: str | None = None) -> Tensor:
+        return nnf.gelu(linear(self.proj, x, role), approximate="tanh")
 
 
 class FeedForward(nn.Module):
@@ -185,8 +191,8 @@ class FeedForward(nn.Module):
         D, hidden = config.width, config.ffn_dim
         self.net = nn.Sequential(GELUProjection(D, hidden), nn.Identity(), nn.Linear(hidden, D))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+    def forward(self, x: Tensor, role: str | None = None) -> Tensor:
+        return linear(self.net[2], self.net[0](x, role), role)
 
 
 class Block(nn.Module):
@@ -201,7 +207,13 @@ class Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, D) / D**0.5)
 
     def forward(
-        self, x: Tensor, text: Tensor, modulation: Tensor, rope: Tensor, attention: SelfAttention
+        self,
+        x: Tensor,
+        text: Tensor,
+        modulation: Tensor,
+        rope: Tensor,
+        attention: SelfAttention,
+        role: str | None = None,
     ) -> Tensor:
         """Return the tokens after the block.
 
@@ -212,7 +224,7 @@ class Block(nn.Module):
         table = self.scale_shift_table[:, :, None]
         shift1, scale1, gate1, shift3, scale3, gate3 = (table + modulation.float()).unbind(1)  # [B, M, D]
         h = (layer_norm(x, self.eps) * (1 + scale1) + shift1).to(dtype)
-        x = (x.float() + self.attn1(h, h, rope, attention) * gate1).to(dtype)
-        x = x + self.attn2(self.norm2(x.float()).to(dtype), text)
+        x = (x.float() + self.attn1(h, h, rope, attention, role) * gate1).to(dtype)
+        x = x + self.attn2(self.norm2(x.float()).to(dtype), text, role=role)
         h = (layer_norm(x, self.eps) * (1 + scale3) + shift3).to(dtype)
-        return (x.float() + self.ffn(h).float() * gate3).to(dtype)
+        return (x.float() + self.ffn(h, role).float() * gate3).to(dtype)

@@ -3,8 +3,8 @@
 B batch, C channel, T frames, H W space, L tokens, D width, N heads, K head dim, S text tokens. M is 1 where
 one time holds for all tokens of a sample, L where each token has its own.
 
-Tokens are put in one fixed order at the patch embedding and leave it at the end: raster, or tile order when
-`tile` is set and self-attention is video sparse attention. No attention sees the order, as the RoPE table is
+Tokens are put in one fixed order at the patch embedding and leave it at the end: raster, or tile order in a
+call whose self-attention is video sparse attention. No attention sees the order, as the RoPE table is
 in the same one.
 """
 
@@ -13,12 +13,12 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Self, cast
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 from fastdmd.batch import Cond
 from fastdmd.models.attention import Attention, Sparse
+from fastdmd.models.lora import base_of, linear, own
 from fastdmd.models.net import PLAIN, Call, Net, Out
 from fastdmd.models.wan.layers import DENSE, Block, ConditionEmbedder, WanConfig, layer_norm, rope_table
 from fastdmd_kernels import topk_for
@@ -41,7 +41,8 @@ class Geometry(NamedTuple):
 class Wan(Net):
     """A role's network: x_t [B, C, T, H, W], model_t [B] (1000 t), text [B, S, text_dim] -> F = v.
 
-    With a `tile`, self-attention is video sparse attention over cubes of that many tokens.
+    With a `tile`, self-attention can be video sparse attention over cubes of that many tokens: it is where a
+    call has the attention of `attention`, and dense where it has none.
     """
 
     # what diffusers keeps in float32
@@ -50,7 +51,7 @@ class Wan(Net):
     def __init__(self, config: WanConfig, tile: Grid | None = None) -> None:
         super().__init__()
         self.config, self.tile = config, tile
-        self.geometries: dict[tuple[Grid, torch.device], Geometry] = {}
+        self.geometries: dict[tuple[Grid, torch.device, bool], Geometry] = {}
         D = config.width
         self.widths = (D,) * config.num_layers
         # a Conv3d for its name and shape only: patches do not overlap, so it is applied as a matrix product
@@ -70,8 +71,8 @@ class Wan(Net):
         for block in self.blocks:
             assert isinstance(block, Block)
             block.scale_shift_table[:, [2, 5]] = 1.0
-            for linear in (block.attn1.to_q, block.attn1.to_k):
-                linear.bias.normal_()
+            for projection in (block.attn1.to_q, block.attn1.to_k):
+                projection.bias.normal_()
             for norm in (block.attn1.norm_q, block.attn1.norm_k):
                 norm.weight.fill_(2.0)
         return self
@@ -87,21 +88,24 @@ class Wan(Net):
             )
         return T // pt, H // ph, W // pw
 
-    def prepare(self, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> None:
+    def prepare(
+        self, shape: Sequence[int], device: torch.device, dtype: torch.dtype, dense: bool = False
+    ) -> None:
         """Make the tables of latents [B, C, T, H, W], and choose the dense attention."""
-        self.geometry(self.grid(shape), device)
+        for is_tiled in {self.tile is not None, self.tile is not None and not dense}:
+            self.geometry(self.grid(shape), device, is_tiled)
         prepare(device, dtype, self.config.attention_head_dim)
 
-    def geometry(self, grid: Grid, device: torch.device) -> Geometry:
-        """Return the tables of a token grid; they are made when a grid is first seen."""
-        known = self.geometries.get((grid, device))
+    def geometry(self, grid: Grid, device: torch.device, is_tiled: bool) -> Geometry:
+        """Return the tables of a token grid in tile or raster order; they are made when first asked for."""
+        known = self.geometries.get((grid, device, is_tiled))
         if known is None:
-            tiles = None if self.tile is None else Tiles(grid, self.tile)
+            tiles = Tiles(grid, self.tile) if is_tiled and self.tile is not None else None
             if tiles is not None:
                 tiles.on(device)  # its tensors too are made here
             with torch.inference_mode(False):  # whose tensors autograd could not save later
                 known = Geometry(tiles, rope_table(grid, self.config.attention_head_dim, tiles, device))
-            self.geometries[grid, device] = known
+            self.geometries[grid, device, is_tiled] = known
         return known
 
     def topk(self, shape: Iterable[int], sparsity: float) -> int | None:
@@ -112,7 +116,7 @@ class Wan(Net):
         """Return the sparse attention of a latent [.., C, T, H, W]; None when attention is dense."""
         if self.tile is None:
             return None
-        tiles = self.geometry(self.grid(shape), self.proj_out.weight.device).tiles
+        tiles = self.geometry(self.grid(shape), self.scale_shift_table.device, True).tiles
         assert tiles is not None
         assert topk is not None
         return Sparse(tiles, topk)
@@ -133,16 +137,19 @@ class Wan(Net):
         """Return v, and the hidden states [B, D, T, H, W] on the token grid after `call.layers`."""
         assert call.cache is None, "no causal network"
         assert not call.blocks, "no causal network"
-        if self.tile is not None and not isinstance(call.attention, Sparse):
-            raise ValueError("a sparse Wan is called with the attention of its grid, from `attention`")
-        geometry = self.geometry(self.grid(x_t.shape), x_t.device)
-        time, modulation, text = self.embed(model_t, cond)
+        geometry = self.geometry(self.grid(x_t.shape), x_t.device, isinstance(call.attention, Sparse))
+        time, modulation, text = self.embed(model_t, cond, call.role)
         attentions = [call.attention or DENSE] * len(self.blocks)
-        return self.trunk(x_t, time[:, None], modulation[:, :, None], text, geometry, attentions, call.layers)
+        return self.trunk(x_t, time[:, None], modulation[:, :, None], text, geometry, attentions, call)
 
-    def embed(self, model_t: Tensor, cond: Cond) -> tuple[Tensor, Tensor, Tensor]:
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the hidden states."""
+        return base_of(self.patch_embedding).weight.dtype
+
+    def embed(self, model_t: Tensor, cond: Cond, role: str | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return time [B, D], block modulation [B, 6, D] and text [B, S, D] of times [B] and a condition."""
-        return self.condition_embedder(model_t, cond.text.to(self.patch_embedding.weight.dtype))
+        return own(self.condition_embedder, role)(model_t, cond.text.to(self.dtype), role)
 
     def trunk(
         self,
@@ -152,28 +159,28 @@ class Wan(Net):
         text: Tensor,
         geometry: Geometry,
         attentions: Sequence[Attention],
-        layers: Sequence[int] = (),
+        call: Call,
     ) -> Out:
         """Return what `forward` does, from embedded conditions and the attention of each block.
 
         x_t [B, C, T, H, W], time [B, M, D], modulation [B, 6, M, D], text [B, S, D].
         """
-        grid, weight = self.grid(x_t.shape), self.patch_embedding.weight
+        grid, role = self.grid(x_t.shape), call.role
         maps: list[Tensor] = []
         patches, tiles = self.patchify(x_t, grid), geometry.tiles
         if tiles is not None:
             patches = tiles.to_tile_order(patches, 1)
-        x: Tensor = nnf.linear(patches.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
+        x: Tensor = linear(self.patch_embedding, patches.to(self.dtype), role)
         for index, (block, attention) in enumerate(zip(self.blocks, attentions, strict=True)):
             if self.checkpointing and torch.is_grad_enabled():
-                x = recomputed(block, x, text, modulation, geometry.rope, attention)
+                x = recomputed(block, x, text, modulation, geometry.rope, attention, role)
             else:
-                x = block(x, text, modulation, geometry.rope, attention)
-            if index in layers:
+                x = block(x, text, modulation, geometry.rope, attention, role)
+            if index in call.layers:
                 raster = x if tiles is None else tiles.to_raster_order(x, 1)
                 maps.append(raster.float().transpose(1, 2).reshape(len(x), -1, *grid))
         shift, scale = (self.scale_shift_table[:, :, None] + time[:, None]).unbind(1)  # [B, M, D]
-        x = self.proj_out((layer_norm(x, self.config.eps) * (1 + scale) + shift).to(x.dtype))
+        x = linear(self.proj_out, (layer_norm(x, self.config.eps) * (1 + scale) + shift).to(x.dtype), role)
         if tiles is not None:
             x = tiles.to_raster_order(x, 1)
         return Out(self.unpatchify(x, grid), maps)
