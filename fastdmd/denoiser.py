@@ -30,14 +30,17 @@ class Denoiser:
         trainable: Mapping[str, nn.Parameter] | None = None,
         role: str | None = None,
         dense: bool = False,
+        two_calls: bool = False,
     ) -> None:
         """Take a network for a role.
 
         Args: trainable, the parameters that may learn, by name (absent: all); role, whose adapters and copies
-        its calls take; dense, whether it attends to all on a network that has sparse attention.
+        its calls take; dense, whether it attends to all on a network that has sparse attention; two_calls,
+        whether the sides of guidance are two calls and not one of both.
         """
         self.net, self.schedule = net, schedule
         self.role, self.dense = role, dense
+        self.two_calls = two_calls
         self.trainable = dict(net.named_parameters()) if trainable is None else trainable
         self.sparsity = 0.0  # of the step's sparse attention
         # the tiles that it keeps of latents [C, ..]. Here and not in the network, where a number that changes
@@ -59,7 +62,9 @@ class Denoiser:
         return self.features(x_t, c.model_t, cond, ())[0]
 
     def raw_pair(self, x_t: Tensor, c: Coeffs, cond: Cond, uncond: Cond) -> tuple[Tensor, Tensor]:
-        """Return (F_c, F_u): both sides of guidance in one batched call."""
+        """Return (F_c, F_u), both sides of guidance."""
+        if self.two_calls:
+            return self.raw(x_t, c, cond), self.raw(x_t, c, uncond)
         F, _ = self.features(torch.cat([x_t, x_t]), c.model_t.repeat(2), cond.cat(uncond), ())
         F_c, F_u = F.chunk(2)
         return F_c, F_u

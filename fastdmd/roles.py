@@ -119,11 +119,11 @@ def build_nets(
         net, masters = make_net(config, on_it, place, (depths or {}).get(on_it[0].name))
         net.requires_grad_(False)
         for role in on_it:
-            built[role.name] = as_role(net, role, schedule, masters)
+            built[role.name] = as_role(config, net, role, schedule, masters)
     return {name: built[name] for name in roles}
 
 
-def as_role(net: Net, role: Role, schedule: Schedule, masters: Mapping[str, Tensor]) -> Built:
+def as_role(config: Config, net: Net, role: Role, schedule: Schedule, masters: Mapping[str, Tensor]) -> Built:
     """Return a network as one of its roles has it.
 
     masters: by the names of the network, of all roles on it.
@@ -134,7 +134,8 @@ def as_role(net: Net, role: Role, schedule: Schedule, masters: Mapping[str, Tens
         names = lora.own_names(net, role.name)
     trainable = {name: net.get_parameter(full) for name, full in names.items()}
     acting = None if role.lora is None else role.name
-    denoiser = Denoiser(net, schedule, trainable, acting, dense=role.options.tile is None)
+    dense, two_calls = role.options.tile is None, config.memory.guidance == "two_calls"
+    denoiser = Denoiser(net, schedule, trainable, acting, dense, two_calls)
     return Built(denoiser, {name: masters[full] for name, full in names.items() if full in masters})
 
 

@@ -81,7 +81,7 @@ def start(config: Config, folder: Path, force: bool = False) -> Run:
     refuse_another(config)
     device = pick_device(config.run.device)
     if device.type == "cuda":
-        preflight(config, *gpu_of(device), force)
+        config = preflight(config, *gpu_of(device), force)
     run = build(config)
     for line in run.method.warnings():
         print(f"warning: {line}", file=sys.stderr)

@@ -244,3 +244,22 @@ def test_a_critic_alone_can_have_adapters(tmp_path):
     assert set(run.nets["student"].trainable) == {n for n, _ in run.nets["student"].net.named_parameters()}
     assert all(".lora_" in name for name in run.nets["critic"].trainable)
     assert json.dumps([train.take_step(run) for _ in range(2)])
+
+
+def test_guidance_in_two_calls_is_that_of_one(tmp_path):
+    """Each of half the samples; and gradients of SiD pass through both."""
+    found, calls = {}, {}
+    for how in ("one_call", "two_calls"):
+        keys = ("method.name='sid'", "method.critic_guidance=2.0", f"memory.guidance='{how}'")
+        run = build(make_config(tmp_path / how, "dmd_lora", *keys))
+        open_up(run, "student", "critic")
+        calls[how] = []
+        run.nets["teacher"].net.register_forward_pre_hook(
+            lambda net, args, seen=calls[how]: seen.append((args[3].role, len(args[0])))
+        )
+        found[how] = gradients(run, "student")
+    [(_, n)] = {call for call in calls["one_call"] if call[0] is None}
+    assert [call for call in calls["two_calls"] if call[0] is None] == 2 * [(None, n // 2)]
+    assert [call for call in calls["two_calls"] if call[0] == "critic"] == 2 * [("critic", n // 2)]
+    far = torch.stack([(found["two_calls"][name] - x).norm() for name, x in found["one_call"].items()]).norm()
+    assert far <= 1e-5 * torch.stack([x.norm() for x in found["one_call"].values()]).norm()

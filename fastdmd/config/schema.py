@@ -78,6 +78,9 @@ class TeacherConfig:
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
     checkpointing: Literal["none", "full"] = "none"
+    # both sides in one batched call, or in two for less memory; auto: in one, unless the plan at the head of
+    # a run says that only two fit the GPU
+    guidance: Literal["auto", "one_call", "two_calls"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,16 +15,25 @@ def levers(config: Config) -> Iterator[tuple[str, Config]]:
         accum = config.run.grad_accum * size
         config = replace(config, run=replace(config.run, batch_size=1, grad_accum=accum))
         yield f"run.batch_size = 1 and run.grad_accum = {accum}", config
+    if config.memory.guidance != "two_calls":
+        config = in_two_calls(config)
+        yield "memory.guidance = 'two_calls'", config
     if config.memory.checkpointing == "none":
         config = replace(config, memory=replace(config.memory, checkpointing="full"))
         yield "memory.checkpointing = 'full'", config
+
+
+def in_two_calls(config: Config) -> Config:
+    """Return a configuration in which the sides of guidance are two calls."""
+    return replace(config, memory=replace(config.memory, guidance="two_calls"))
 
 
 def remedies(config: Config, plan: Plan, gpu: GPU) -> Iterator[str]:
     """Yield what each lever saves until the run fits, and what is left to do where none is enough."""
     for text, changed in levers(config):
         smaller = make_plan(changed)
-        yield f"{text} saves {(plan.peak - smaller.peak) / 1e9:.1f} GB"
+        if smaller.peak < plan.peak:
+            yield f"{text} saves {(plan.peak - smaller.peak) / 1e9:.1f} GB"
         plan = smaller
         if plan.fits(gpu):
             return

@@ -12,7 +12,7 @@ from fastdmd.files import write_atomic
 from fastdmd.plan import report
 from fastdmd.plan.estimate import make_plan
 from fastdmd.plan.gpus import GPU, GPUS, NAMES
-from fastdmd.plan.levers import remedies
+from fastdmd.plan.levers import in_two_calls, remedies
 
 FILE = "plan.json"
 
@@ -28,12 +28,22 @@ def gpu_of(device: torch.device) -> tuple[str, GPU]:
     return name, replace(GPUS[known or "h100"], memory=properties.total_memory)
 
 
-def preflight(config: Config, name: str, gpu: GPU, force: bool) -> None:
-    """Print a run's plan and keep it in its folder.
+def preflight(config: Config, name: str, gpu: GPU, force: bool) -> Config:
+    """Print a run's plan, keep it in its folder, and return the configuration with what the plan decides.
 
     Raise ValueError for a run that cannot fit, with what would make it smaller, unless `force`.
     """
     plan = make_plan(config)
+    if not plan.fits(gpu) and config.memory.guidance == "auto":
+        split = in_two_calls(config)
+        smaller = make_plan(split)
+        if smaller.fits(gpu):
+            saved = (plan.peak - smaller.peak) / 1e9
+            print(
+                f"memory.guidance = 'two_calls', which saves {saved:.1f} GB: one would not fit",
+                file=sys.stderr,
+            )
+            config, plan = split, smaller
     print(*report.lines(config, plan, name, gpu), sep="\n", file=sys.stderr)
     for line in report.warnings(config, plan):
         print(f"warning: {line}", file=sys.stderr)
@@ -45,6 +55,7 @@ def preflight(config: Config, name: str, gpu: GPU, force: bool) -> None:
         )
     text = json.dumps(report.as_json(config, plan, name, gpu), indent=1)
     write_atomic(Path(config.run.output_dir) / FILE, text + "\n")
+    return config
 
 
 def planned_gb(folder: Path) -> float | None:

@@ -14,7 +14,7 @@ from fastdmd.cli import app
 from fastdmd.plan import estimate
 from fastdmd.plan.estimate import make_plan
 from fastdmd.plan.gpus import GPUS, NAMES
-from fastdmd.plan.levers import largest_batch, levers, remedies
+from fastdmd.plan.levers import in_two_calls, largest_batch, levers, remedies
 from fastdmd.plan.preflight import gpu_of, planned_gb, preflight
 
 H100 = GPUS["h100"]
@@ -29,17 +29,42 @@ def card(need: int):
 def test_levers_are_tried_until_the_run_fits(tmp_path):
     config = make_config(tmp_path, "dmd", "run.batch_size=4", "data.resolution=[24, 24]")
     plan = make_plan(config)
-    (one, by_one), (two, by_two) = levers(config)
+    (one, by_one), (calls, by_calls), (two, by_two) = levers(config)
     assert one == "run.batch_size = 1 and run.grad_accum = 4"
+    assert calls == "memory.guidance = 'two_calls'"
     assert two == "memory.checkpointing = 'full'"
-    smaller, smallest = make_plan(by_one), make_plan(by_two)
-    assert plan.need > smaller.need > smallest.need
+    smaller, split, smallest = make_plan(by_one), make_plan(by_calls), make_plan(by_two)
+    assert plan.need > smaller.need > split.need > smallest.need
     first = f"{one} saves {(plan.peak - smaller.peak) / 1e9:.1f} GB"
-    second = f"{two} saves {(smaller.peak - smallest.peak) / 1e9:.1f} GB"
+    second = f"{calls} saves {(smaller.peak - split.peak) / 1e9:.1f} GB"
+    third = f"{two} saves {(split.peak - smallest.peak) / 1e9:.1f} GB"
     assert list(remedies(config, plan, card(smaller.need))) == [first]
-    assert list(remedies(config, plan, card(smallest.need))) == [first, second]
+    assert list(remedies(config, plan, card(split.need))) == [first, second]
+    assert list(remedies(config, plan, card(smallest.need))) == [first, second, third]
     *_, rest = remedies(config, plan, card(smallest.need - 1))
     assert rest.startswith("then 1.5 GB are needed still")
+
+
+def test_guidance_takes_two_calls_where_one_does_not_fit(tmp_path, capsys):
+    """Of a recipe whose peak it is: everything else is recomputed. Where neither fits, nothing is changed."""
+    keys = (
+        "memory.checkpointing='full'",
+        "data.resolution=[24, 24]",
+        "method.name='sid'",
+        "run.batch_size=1",
+    )
+    config = make_config(tmp_path, "dmd_lora", *keys)
+    (tmp_path / "run").mkdir()
+    one, two = make_plan(config), make_plan(in_two_calls(config))
+    assert two.need < one.need
+    assert preflight(config, "card", card(one.need), force=False) is config
+    assert preflight(config, "card", card(two.need), force=False).memory.guidance == "two_calls"
+    assert "memory.guidance = 'two_calls', which saves 0." in capsys.readouterr().err
+    assert planned_gb(tmp_path / "run") == two.peak / 1e9
+    assert preflight(config, "card", card(two.need - 1), force=True) is config
+    said = replace(config, memory=replace(config.memory, guidance="one_call"))
+    with pytest.raises(ValueError, match=r"memory.guidance = 'two_calls' saves 0\.\d GB\. To try"):
+        preflight(said, "card", card(two.need), force=False)
 
 
 def test_the_largest_micro_batch_fits_and_one_more_does_not(tmp_path):
@@ -53,7 +78,7 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not(tmp_path):
 
 
 def test_a_run_that_cannot_fit_is_refused_unless_forced(tmp_path, capsys):
-    config = make_config(tmp_path, "dmd")
+    config = make_config(tmp_path, "dmd", "memory.guidance='one_call'")
     (tmp_path / "run").mkdir()
     need = make_plan(config).need
     with pytest.raises(ValueError, match=r"this run needs 1\.5 GB, and card has 1\.5; .*use --force"):
