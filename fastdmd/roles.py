@@ -21,6 +21,8 @@ from fastdmd.models.component import Weights, read_into
 from fastdmd.models.family import Options
 from fastdmd.models.lora import LoraConfig
 from fastdmd.models.net import Net, cast
+from fastdmd.models.offload import Offload
+from fastdmd.models.stream import Stream, streamed_names
 from fastdmd.schedule import Schedule
 
 
@@ -175,11 +177,19 @@ def make_net(
     if weights is None:
         cast(net, place.dtype)
     else:
-        masters = read_into(net, weights, place.device, place.dtype, trained_names(net, roles))
+        host = streamed_names(net) if streams(config, roles) else ()
+        masters = read_into(net, weights, place.device, place.dtype, trained_names(net, roles), host)
         for role in roles:
             masters |= start_adapters(config, net, role, place)
+    if streams(config, roles):
+        net.stream = Stream(net.blocks, place.device)
     prepare(config, net, place, dense)
     return net, masters
+
+
+def streams(config: Config, roles: Sequence[Role]) -> bool:
+    """Return whether the blocks of some roles' network come from host memory: where none trains them."""
+    return config.memory.stream_base and not any(role.owns_network for role in roles)
 
 
 def refuse_gates(config: Config, weights: Weights, roles: Sequence[Role]) -> None:
@@ -251,7 +261,10 @@ def from_scratch(
 
 def prepare(config: Config, net: Net, place: Place, dense: bool) -> None:
     """Checkpoint the blocks, of frozen networks too: SiD's pass gradient on; and make what calls share."""
-    net.recompute_blocks(config.memory.checkpointing == "full")
+    net.recompute_blocks(config.memory.checkpointing)
+    net.chunk_feed_forward(config.memory.ffn_chunks)
+    if config.memory.offload == "block_inputs":
+        net.offload = Offload(place.device)
     shape = (config.run.batch_size, *config.latent_shape())
     net.prepare(shape, place.device, place.dtype, dense)
 

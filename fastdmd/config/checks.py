@@ -106,6 +106,19 @@ def _check_options(config: Config) -> Problems:
         yield "vsa", "no role uses it; set model.attention.student = 'vsa' too, or remove the table"
 
 
+def problems_of_memory(config: Config) -> Problems:
+    """Yield what of [memory] the networks of a run have no form for."""
+    for key, message in config.family.refuses_memory(config.memory):
+        yield f"memory.{key}", message
+    trains = [role for role in TRAINABLE if role in config.method.roles and not config.role_lora(role)]
+    frozen = [role for role, how in config.method.roles.items() if how == "frozen"]
+    if config.memory.stream_base and not frozen and trains:
+        yield (
+            "memory.stream_base",
+            "every network is trained whole; set student.train = 'lora', or remove the key",
+        )
+
+
 def _check_folders(config: Config) -> Problems:
     """Check the folders of a run beside each other."""
     sources = {"model.path": config.model.path, **dict(map(config.role_source, config.method.roles))}
@@ -270,6 +283,7 @@ def _check_prompts(config: Config) -> Problems:
 CHECKS: dict[Callable[[Config], Problems], set[str]] = {  # by the tables that each reads
     _check_schedule: {"method", "model", "schedule"},
     _check_options: {"method", "model", "vsa", "rollout"},
+    problems_of_memory: {"method", "model", "student", "critic", "lora", "memory"},
     _check_folders: {"method", "model", "student", "teacher", "critic"},
     _check_lora: {"student", "critic", "lora"},
     _check_unused: {"method", "teacher", "critic", "rollout", "ema"},

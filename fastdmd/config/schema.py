@@ -12,6 +12,7 @@ from fastdmd.device import present
 from fastdmd.evaluation.validate import Config as ValidationConfig
 from fastdmd.latents import LatentSpec
 from fastdmd.log import Config as LogConfig
+from fastdmd.memory import Config as MemoryConfig
 from fastdmd.methods import METHODS, Method
 from fastdmd.methods.method import TRAINABLE
 from fastdmd.methods.score_distillation import CriticConfig
@@ -73,14 +74,6 @@ class StudentConfig:
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
     path: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryConfig:
-    checkpointing: Literal["none", "full"] = "none"
-    # both sides in one batched call, or in two for less memory; auto: in one, unless the plan at the head of
-    # a run says that only two fit the GPU
-    guidance: Literal["auto", "one_call", "two_calls"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

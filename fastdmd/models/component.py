@@ -147,12 +147,18 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_into(
-    net: Net, weights: Weights, device: torch.device, dtype: torch.dtype, trained: Container[str] = ()
+    net: Net,
+    weights: Weights,
+    device: torch.device,
+    dtype: torch.dtype,
+    trained: Container[str] = (),
+    host: Container[str] = (),
 ) -> dict[str, Tensor]:
     """Read a network's tensors one by one, each cast as it is read, and return the masters of `trained`.
 
     Peak memory is the network in its compute dtype, the float32 masters of what is trained and rounded, and
     one tensor. Names are those without adapters; a copy of a module that a role owns starts as the module.
+    What is in `host` stays in host memory.
     """
     names: dict[str, list[str]] = {}
     for name, _ in net.named_parameters():
@@ -162,7 +168,8 @@ def read_into(
         as_cast = torch.float32 if net.keeps_float32(name) else dtype
         for there in names[name]:
             # a copy: tensors read on the CPU are views of the file, which may be written over during a run
-            set_parameter(net, there, value.to(device, as_cast, copy=True))
+            where = torch.device("cpu") if there in host else device
+            set_parameter(net, there, value.to(where, as_cast, copy=True))
             if there in trained and as_cast != torch.float32:
                 masters[there] = value.to(device, torch.float32, copy=True)
     return masters

@@ -131,6 +131,10 @@ class Family(ABC, Generic[A, N, S]):
         """Yield the options that it has no network for, with the reason and the remedy."""
         yield from ()
 
+    def refuses_memory(self, memory: Any) -> Problems:
+        """Yield the keys of [memory] that its networks have no form for, with the remedy."""
+        yield from ()
+
     def folder_problems(self, folders: Mapping[str, Path]) -> Problems:
         """Yield what is wrong with the folders of a run beside each other.
 

@@ -6,13 +6,17 @@ B batch, C channel, L tokens, N heads, K head dim.
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from fastdmd.batch import Cond
 from fastdmd.models.attention import Attention
+from fastdmd.models.offload import Offload
+from fastdmd.models.stream import Stream
+
+Checkpointing = Literal["none", "selective", "full"]
 
 
 class Architecture(Protocol):
@@ -68,7 +72,9 @@ class Net(nn.Module, ABC):
 
     config: Any  # its Architecture
     float32: tuple[str, ...] = ()  # parts of names of parameters that stay float32 whatever the compute dtype
-    checkpointing = False  # whether the blocks are recomputed in the backward
+    checkpointing: Checkpointing = "none"  # what of the blocks is computed anew in the backward
+    offload: Offload | None = None  # of the blocks' inputs, to host memory
+    stream: Stream | None = None  # of the blocks' frozen weights, from host memory
     blocks: Sequence[nn.Module] | nn.ModuleList  # in the order of the walk
     widths: tuple[int, ...]  # channels after each block
 
@@ -112,9 +118,13 @@ class Net(nn.Module, ABC):
         attention attend to all.
         """
 
-    def recompute_blocks(self, on: bool) -> None:
-        """Say whether the blocks are recomputed in the backward."""
-        self.checkpointing = on
+    def recompute_blocks(self, how: Checkpointing) -> None:
+        """Say what of the blocks is computed anew in the backward."""
+        self.checkpointing = how
+
+    def chunk_feed_forward(self, chunks: int) -> None:
+        """Say in how many chunks of tokens a feed-forward is computed."""
+        assert chunks == 1  # the configuration was checked
 
     def keeps_float32(self, name: str) -> bool:
         """Return whether a parameter stays float32 whatever the compute dtype."""

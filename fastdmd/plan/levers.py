@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from fastdmd.config import Config
+from fastdmd.config.checks import problems_of_memory
+from fastdmd.config.toml import to_toml
 from fastdmd.plan.estimate import Plan, make_plan
 from fastdmd.plan.gpus import GPU
 
@@ -18,9 +20,25 @@ def levers(config: Config) -> Iterator[tuple[str, Config]]:
     if config.memory.guidance != "two_calls":
         config = in_two_calls(config)
         yield "memory.guidance = 'two_calls'", config
-    if config.memory.checkpointing == "none":
-        config = replace(config, memory=replace(config.memory, checkpointing="full"))
-        yield "memory.checkpointing = 'full'", config
+    for key, value in (
+        ("checkpointing", "selective"),
+        ("checkpointing", "full"),
+        ("offload", "block_inputs"),
+        ("ffn_chunks", 8),
+        ("stream_base", True),
+    ):
+        memory = replace(config.memory, **{key: value})
+        changed = replace(config, memory=memory)
+        if memory != config.memory and allowed(config, changed):
+            config = changed
+            yield f"memory.{key} = {to_toml(value)}".replace('"', "'"), config
+
+
+def allowed(config: Config, changed: Config) -> bool:
+    """Return whether a change of [memory] goes further on the way from none to full, and can be had."""
+    order = ("none", "selective", "full")
+    back = order.index(changed.memory.checkpointing) < order.index(config.memory.checkpointing)
+    return not back and not list(changed.memory.problems()) and not list(problems_of_memory(changed))
 
 
 def in_two_calls(config: Config) -> Config:

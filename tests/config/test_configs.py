@@ -223,7 +223,7 @@ def test_its_networks_are_the_published_ones(path, extra):
         source, net = config.role_path(role), denoiser.net
         if source:
             assert count(net) == published(Path(source)) + added(config, role, net), role
-        assert net.checkpointing == (config.memory.checkpointing == "full")
+        assert net.checkpointing == config.memory.checkpointing
         assert {p.dtype for p in net.parameters()} <= {config.precision.dtype, torch.float32}
 
 

@@ -234,7 +234,7 @@ def test_exits_are_drawn_for_the_video_or_for_each_block(student):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_samples_do_not_know_of_one_another(student, checkpointing):
     """A batch of two is two batches of one, values and gradients, in one cache after the other."""
-    student.net.recompute_blocks(checkpointing)
+    student.net.recompute_blocks("full" if checkpointing else "none")
     config, both = Config(**BASE, context_noise=0.1), make_batch()
     made = mlp.roll(student, both, TIMES, config, make_rng(STEP)).x0_g
     total = gradient(student, made)
@@ -336,7 +336,7 @@ def test_a_step_of_self_forcing_has_no_float64_and_no_sync(dtype):
         with torch.device("meta"):
             made = (CausalWan if role == "student" else Wan)(CONFIG)
         net.cast(made, dtype)
-        made.recompute_blocks(True)
+        made.recompute_blocks("full")
         nets[role] = Denoiser(made, FlowSchedule(5.0))
     text = Cond(torch.empty(3, TOKENS, CONFIG.text_dim, device="meta"))
     carry = {}

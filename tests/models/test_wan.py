@@ -207,7 +207,7 @@ def test_checkpointing_changes_nothing():
     F = net(*batch).F
     expected = gradients(net, F)
     assert len(calls) == 1
-    net.recompute_blocks(True)
+    net.recompute_blocks("full")
     again = net(*batch).F
     assert torch.equal(again, F)
     assert all(torch.equal(g, expected[name]) for name, g in gradients(net, again).items())
@@ -317,7 +317,7 @@ def test_a_step_of_dmd_has_no_float64_and_no_sync(dtype, tile, guidance, critic_
         with torch.device("meta"):
             net = Wan(TINY, tile)
         cast(net, dtype)
-        net.recompute_blocks(True)
+        net.recompute_blocks("full")
         nets[role] = Denoiser(net, FlowSchedule(5.0))
     text = torch.empty(3, 7, TINY.text_dim, device="meta")
     batch = Batch(Cond(text), Cond(text), (4, *LATENT))

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -27,22 +28,36 @@ def card(need: int):
 
 
 def test_levers_are_tried_until_the_run_fits(tmp_path):
-    config = make_config(tmp_path, "dmd", "run.batch_size=4", "data.resolution=[24, 24]")
-    plan = make_plan(config)
-    (one, by_one), (calls, by_calls), (two, by_two) = levers(config)
-    assert one == "run.batch_size = 1 and run.grad_accum = 4"
-    assert calls == "memory.guidance = 'two_calls'"
-    assert two == "memory.checkpointing = 'full'"
-    smaller, split, smallest = make_plan(by_one), make_plan(by_calls), make_plan(by_two)
-    assert plan.need > smaller.need > split.need > smallest.need
-    first = f"{one} saves {(plan.peak - smaller.peak) / 1e9:.1f} GB"
-    second = f"{calls} saves {(smaller.peak - split.peak) / 1e9:.1f} GB"
-    third = f"{two} saves {(split.peak - smallest.peak) / 1e9:.1f} GB"
-    assert list(remedies(config, plan, card(smaller.need))) == [first]
-    assert list(remedies(config, plan, card(split.need))) == [first, second]
-    assert list(remedies(config, plan, card(smallest.need))) == [first, second, third]
-    *_, rest = remedies(config, plan, card(smallest.need - 1))
+    config = make_config(tmp_path, "dmd_lora", "run.batch_size=4", "data.resolution=[24, 24]")
+    texts, changed = zip(*levers(config), strict=True)
+    assert texts == (
+        "run.batch_size = 1 and run.grad_accum = 4",
+        "memory.guidance = 'two_calls'",
+        "memory.checkpointing = 'selective'",
+        "memory.checkpointing = 'full'",
+        "memory.offload = 'block_inputs'",
+        "memory.ffn_chunks = 8",
+        "memory.stream_base = true",
+    )
+    plans = [make_plan(each) for each in (config, *changed)]
+    saved = [before.peak - after.peak for before, after in pairwise(plans)]
+    said = [f"{text} saves {n / 1e9:.1f} GB" for text, n in zip(texts, saved, strict=True) if n > 0]
+    assert len(said) >= 4
+    assert list(remedies(config, plans[0], card(plans[1].need))) == said[:1]
+    smallest = min(plan.need for plan in plans)
+    assert list(remedies(config, plans[0], card(smallest)))[-1].startswith("memory.")
+    *every, rest = remedies(config, plans[0], card(smallest - 10**6))
+    assert every == said
     assert rest.startswith("then 1.5 GB are needed still")
+
+
+def test_levers_are_those_that_the_run_can_have(tmp_path):
+    """A network trained whole is not streamed, and blocks of SDXL are not alike."""
+    texts = [text for text, _ in levers(make_config(tmp_path / "flow", "flow", "run.batch_size=1"))]
+    assert "memory.stream_base = true" not in texts
+    assert "memory.offload = 'block_inputs'" in texts
+    keys = ("run.batch_size=1", "memory.checkpointing='full'", "memory.guidance='two_calls'")
+    assert list(levers(make_config(tmp_path / "sdxl", "sdxl_dmd", *keys))) == []
 
 
 def test_guidance_takes_two_calls_where_one_does_not_fit(tmp_path, capsys):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -92,6 +92,17 @@ class SDXLFamily(family.Family[SDXLConfig, SDXL, VPSchedule]):
             yield "tile", "video sparse attention is for videos, and SDXL makes images; remove the key"
         if options.causal:
             yield "causal", "blocks are of a video's frames, and SDXL makes images; remove the key"
+
+    def refuses_memory(self, memory: Any) -> family.Problems:
+        """Yield what is for blocks that are alike."""
+        if memory.checkpointing == "selective":
+            yield (
+                "checkpointing",
+                "'selective' is for video, where self-attention is dear; use 'full' or 'none'",
+            )
+        for key, off in (("offload", "none"), ("stream_base", False), ("ffn_chunks", 1)):
+            if getattr(memory, key) != off:
+                yield key, "is for blocks that are alike, and those of SDXL are not; remove the key"
 
     def folder_problems(self, folders: Mapping[str, Path]) -> family.Problems:
         """Yield the folders whose networks were trained on another noise than model.path's.

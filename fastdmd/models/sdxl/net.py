@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVa
 
 from fastdmd.batch import Cond
 from fastdmd.models.lora import base_of
-from fastdmd.models.net import PLAIN, Call, Net, Out
+from fastdmd.models.net import PLAIN, Call, Checkpointing, Net, Out
 from fastdmd.schedule import wide
 
 UP = {"DownBlock2D": "UpBlock2D", "CrossAttnDownBlock2D": "CrossAttnUpBlock2D"}
@@ -172,9 +172,10 @@ class SDXL(Net):
         if config.time_cond_proj_dim is not None:  # zero, so that a student starts as its teacher
             nn.init.zeros_(self.unet.time_embedding.cond_proj.weight)
 
-    def recompute_blocks(self, on: bool) -> None:
-        super().recompute_blocks(on)
-        if on:
+    def recompute_blocks(self, how: Checkpointing) -> None:
+        super().recompute_blocks(how)
+        assert how != "selective"  # the configuration was checked
+        if how == "full":
             self.unet.enable_gradient_checkpointing(self._recomputed)
         else:
             self.unet.disable_gradient_checkpointing()

@@ -12,10 +12,12 @@ from typing import Any, Self, cast
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 from fastdmd.models.attention import Attention as SelfAttention
 from fastdmd.models.attention import Dense, Sparse
 from fastdmd.models.lora import base_of, linear
+from fastdmd.models.selective import contexts
 from fastdmd.schedule import wide
 from fastdmd_kernels.tiles import Grid, Tiles
 
@@ -190,8 +192,19 @@ class FeedForward(nn.Module):
         # index 1 is diffusers' dropout: kept so that the names are `net.0.proj` and `net.2`
         D, hidden = config.width, config.ffn_dim
         self.net = nn.Sequential(GELUProjection(D, hidden), nn.Identity(), nn.Linear(hidden, D))
+        self.chunks = 1  # of tokens, each computed anew in the backward where there are several
 
     def forward(self, x: Tensor, role: str | None = None) -> Tensor:
+        if self.chunks == 1:
+            return self.whole(x, role)
+        parts = x.chunk(self.chunks, dim=1)
+        if torch.is_grad_enabled():
+            done: list[Any] = [checkpoint(self.whole, part, role, use_reentrant=False) for part in parts]
+        else:
+            done = [self.whole(part, role) for part in parts]
+        return torch.cat(done, dim=1)
+
+    def whole(self, x: Tensor, role: str | None) -> Tensor:
         return linear(self.net[2], self.net[0](x, role), role)
 
 
@@ -205,8 +218,16 @@ class Block(nn.Module):
         self.ffn = FeedForward(config)
         self.norm2 = nn.LayerNorm(D, eps=config.eps) if config.cross_attn_norm else nn.Identity()
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, D) / D**0.5)
+        self.selective = False  # whether the backward finds self-attention kept, and all else computed anew
 
-    def forward(
+    def forward(self, x: Tensor, *arguments: Any) -> Tensor:
+        """Return `tokens_after`. Selective checkpointing is in here, where a compiler can see it."""
+        if self.selective and torch.is_grad_enabled():
+            kept = checkpoint(self.tokens_after, x, *arguments, use_reentrant=False, context_fn=contexts)  # pyright: ignore[reportUnknownVariableType]
+            return cast("Tensor", kept)
+        return self.tokens_after(x, *arguments)
+
+    def tokens_after(
         self,
         x: Tensor,
         text: Tensor,

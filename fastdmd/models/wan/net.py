@@ -10,25 +10,20 @@ in the same one.
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Self, cast
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 from fastdmd.batch import Cond
 from fastdmd.models.attention import Attention, Sparse
 from fastdmd.models.lora import base_of, linear, own
-from fastdmd.models.net import PLAIN, Call, Net, Out
+from fastdmd.models.net import PLAIN, Call, Checkpointing, Net, Out
+from fastdmd.models.walk import run_block
 from fastdmd.models.wan.layers import DENSE, Block, ConditionEmbedder, WanConfig, layer_norm, rope_table
 from fastdmd_kernels import topk_for
 from fastdmd_kernels.attention import prepare
 from fastdmd_kernels.tiles import Grid, Tiles
-
-
-def recomputed(block: nn.Module, x: Tensor, *arguments: object) -> Tensor:
-    """Return what a block makes of x, computed anew in the backward."""
-    return cast("Tensor", checkpoint(block, x, *arguments, use_reentrant=False))
 
 
 class Geometry(NamedTuple):
@@ -76,6 +71,17 @@ class Wan(Net):
             for norm in (block.attn1.norm_q, block.attn1.norm_k):
                 norm.weight.fill_(2.0)
         return self
+
+    def recompute_blocks(self, how: Checkpointing) -> None:
+        super().recompute_blocks(how)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.selective = how == "selective"
+
+    def chunk_feed_forward(self, chunks: int) -> None:
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.ffn.chunks = chunks
 
     def grid(self, shape: Iterable[int]) -> Grid:
         """Return the tokens (T, H, W) of a latent [.., C, T, H, W]; ValueError when patches do not fit."""
@@ -172,10 +178,7 @@ class Wan(Net):
             patches = tiles.to_tile_order(patches, 1)
         x: Tensor = linear(self.patch_embedding, patches.to(self.dtype), role)
         for index, (block, attention) in enumerate(zip(self.blocks, attentions, strict=True)):
-            if self.checkpointing and torch.is_grad_enabled():
-                x = recomputed(block, x, text, modulation, geometry.rope, attention, role)
-            else:
-                x = block(x, text, modulation, geometry.rope, attention, role)
+            x = run_block(self, index, block, x, text, modulation, geometry.rope, attention, role)
             if index in call.layers:
                 raster = x if tiles is None else tiles.to_raster_order(x, 1)
                 maps.append(raster.float().transpose(1, 2).reshape(len(x), -1, *grid))
