@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet
 
-.PHONY: aot bench capture check demo gpu lint style test
+.PHONY: aot bench capture check compiled demo gpu lint style test
 
 demo: .venv/.run  ## distil the tiny Wan teacher to 3 steps: table, runs/tiny_dmd/report.html
 	$(BIN)/fastdmd train configs/tiny_dmd.toml
@@ -15,6 +15,9 @@ test: .venv/.dev lint  ## everything that runs without a GPU, and the slowest 15
 
 capture: .venv/.dev  ## every method and phase as one graph per exit step: 15 minutes on 2 cores
 	$(BIN)/python -m pytest -n 2 --campaign tests/test_capture.py
+
+compiled: .venv/.dev  ## every tiny configuration compiled, five of them to machine code: 15 minutes on 2 cores
+	$(BIN)/python -m pytest -n 2 --campaign tests/test_compiled.py
 
 check: .venv/.dev lint  ## what a push is held to, in less than a minute: style, types, rules, methods, configurations
 	$(BIN)/python -m pytest -q -n 2 -m "not slow and not full_size" tests/methods tests/config tests/test_layering.py

@@ -24,7 +24,7 @@ from fastdmd.run import Diverged, Run, build, follow_average, set_sparsity
 FREE = (
     *("run.output_dir", "run.max_steps", "run.device"),
     *("optim.*.lr", "optim.*.schedule", "optim.*.warmup_steps", "optim.*.min_lr"),
-    *("memory.*", "checkpoint.*", "validation.*", "logging.*"),
+    *("memory.*", "compile.*", "checkpoint.*", "validation.*", "logging.*"),
 )
 Tensors = Mapping[str, Mapping[str, Tensor]]  # by file, by name
 

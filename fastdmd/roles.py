@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdmd.capture import compile_blocks, mode_on
 from fastdmd.config import Config
 from fastdmd.denoiser import Denoiser
 from fastdmd.methods import Method
@@ -265,6 +266,8 @@ def prepare(config: Config, net: Net, place: Place, dense: bool) -> None:
     net.chunk_feed_forward(config.memory.ffn_chunks)
     if config.memory.offload == "block_inputs":
         net.offload = Offload(place.device)
+    if not place.is_meta and mode_on(config.compile, place.device) == "blocks":
+        compile_blocks(net)
     shape = (config.run.batch_size, *config.latent_shape())
     net.prepare(shape, place.device, place.dtype, dense)
 

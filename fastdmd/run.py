@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 
+from fastdmd.capture import Capture, mode_on
 from fastdmd.config import Config
 from fastdmd.data.world import World, make_world
 from fastdmd.denoiser import Denoiser
 from fastdmd.device import pick_device
 from fastdmd.methods import Method
-from fastdmd.methods.method import TRAINABLE
+from fastdmd.methods.method import TRAINABLE, cycle
 from fastdmd.optim import EMA, Optimizer
 from fastdmd.roles import Place, build_nets, roles_of
 from fastdmd.schedule import Schedule
@@ -37,6 +38,7 @@ class Run:
     nets: dict[str, Denoiser]
     optimizers: dict[str, Optimizer]
     ema: EMA | None
+    capture: Capture
     step: int = 0  # finished steps
     seconds: float = 0.0  # of training, over all resumes
     recent: dict[str, float] = field(default_factory=dict)  # newest value of each metric since the last row
@@ -63,7 +65,8 @@ def build(config: Config, only: Collection[str] | None = None) -> Run:
     world = make_world(
         config.data, config.family, config.model.path, config.latent_shape(), place.device, place.dtype
     )
-    run = Run(config, place.device, world, method, schedule, nets, optimizers, ema)
+    capture = Capture(mode_on(config.compile, place.device), method, len(cycle(method)))
+    run = Run(config, place.device, world, method, schedule, nets, optimizers, ema, capture)
     set_sparsity(run)
     return run
 

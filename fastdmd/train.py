@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from fastdmd import checkpoint
 from fastdmd import config as configs
 from fastdmd.batch import Batch
+from fastdmd.capture import notice
 from fastdmd.config import Config
 from fastdmd.device import pick_device
 from fastdmd.evaluation.evaluate import finish, validate_step
@@ -52,7 +53,8 @@ def train(config: Config, force: bool = False) -> Run:
                     logged = (run.step + 1) % config.logging.every == 0 or run.step + 1 == last
                     flops = step_flops(run) if logged and peak else 0
                     began = time.perf_counter()
-                    values = take_step(run)
+                    with run.capture.step():
+                        values = take_step(run)
                     seconds = time.perf_counter() - began
                     run.seconds += seconds
                     run.recent |= values
@@ -82,6 +84,8 @@ def start(config: Config, folder: Path, force: bool = False) -> Run:
     device = pick_device(config.run.device)
     if device.type == "cuda":
         config = preflight(config, *gpu_of(device), force)
+    if line := notice(config.compile, device):
+        print(line, file=sys.stderr)
     run = build(config)
     for line in run.method.warnings():
         print(f"warning: {line}", file=sys.stderr)
@@ -122,9 +126,10 @@ def take_step(run: Run) -> dict[str, float]:
         for micro, batch, carry in zip(samples, batches, carries, strict=True):
             rng = Rng(config.seed, run.step, f"{phase}{index}", micro, run.device)
             draws = run.method.draw(phase, rng, batch.latent_shape, carry)
-            loss, metrics = run.method.loss(phase, run.nets, batch, draws, carry)
-            (loss / config.grad_accum).backward()
-            parts.append({f"loss_{phase}": loss.detach(), **metrics})
+            loss, metrics = run.capture.backward(
+                phase, run.nets, run.optimizers, batch, draws, carry, config.grad_accum
+            )
+            parts.append({f"loss_{phase}": loss, **metrics})
         found, samples_of = mean_metrics(parts)
         found |= {f"grad_norm_{role}": run.optimizers[role].clip() for role in trained}
         # the one read of the device in a phase: nothing that is not finite may reach the weights

@@ -5,12 +5,14 @@ job that starts later compiles nothing.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdmd.batch import Batch, Cond
+from fastdmd.capture import Transfers
 from fastdmd.config import Config
 from fastdmd.denoiser import Denoiser
 from fastdmd.latents import Resolution
@@ -41,10 +43,13 @@ def nets_on_meta(config: Config, method: Method, depth: int | None = None) -> di
     return {name: each.denoiser for name, each in built.items()}
 
 
-def step_on_meta(config: Config, sparsity: float, depth: int | None = None) -> dict[str, Denoiser]:
+def step_on_meta(
+    config: Config, sparsity: float, depth: int | None = None, watch: Transfers | None = None
+) -> dict[str, Denoiser]:
     """Do every phase of a step, forward and backward, and return the networks with gradients.
 
-    depth: of the blocks that are alike; absent: one, or all where a method has heads.
+    depth: of the blocks that are alike; absent: one, or all where a method has heads. watch: counts in losses
+    and backwards.
     """
     method = config.make_method()
     if depth is None and "heads" not in config.method.roles.values():
@@ -64,9 +69,21 @@ def step_on_meta(config: Config, sparsity: float, depth: int | None = None) -> d
         for role, denoiser in nets.items():
             denoiser.learn(role in method.trains(phase))
         rng = MetaRng(config.run.seed, 0, f"{phase}{index}", range(B), "cpu")
-        loss, _ = method.loss(phase, nets, batch, method.draw(phase, rng, shape, carry), carry)
-        loss.backward()
+        draws = method.draw(phase, rng, shape, carry)
+        with watch or nullcontext():
+            loss, _ = method.loss(phase, nets, batch, draws, carry)
+            loss.backward()
     return nets
+
+
+def count_transfers(config: Config) -> tuple[int, int]:
+    """Return how often the phases of a step read the device, and how many constants they copy to it.
+
+    Draws and coefficients come before them, in one copy. A read of the meta device is refused.
+    """
+    watch = Transfers()
+    step_on_meta(config, config.vsa.sparsity if config.vsa else 0.0, watch=watch)
+    return sum(watch.reads.values()), sum(watch.constants.values())
 
 
 def empty_cond(

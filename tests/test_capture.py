@@ -12,10 +12,9 @@ import pytest
 import torch
 from tiny import DETAIL, make_config
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fastdmd.batch import Batch, Cond
+from fastdmd.capture import Transfers
 from fastdmd.denoiser import Denoiser
 from fastdmd.models.wan.layers import WanConfig
 from fastdmd.models.wan.net import Wan
@@ -142,27 +141,6 @@ def test_six_calls_of_a_denoiser_are_one_graph_and_ten_sparsities_two():
         assert graphs.count <= most
 
 
-class Watch(TorchDispatchMode):
-    """Host reads of the device, and copies of host data to it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reads: Counter[str] = Counter()
-        self.constants: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        name = func.overloadpacket.__name__
-        if name in ("_local_scalar_dense", "nonzero", "equal", "item"):
-            self.reads[name] += 1
-        from_host = any(x.device.type == "cpu" and x.ndim for x in given) or not given
-        if name in ("_to_copy", "copy_") and from_host:
-            self.constants[name] += sum(x.is_meta for x in made)
-        return out
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_a_phase_reads_nothing_and_makes_no_constant(tmp_path, case):
     """Run on the meta device from the draws to the end of the backward; coefficients come by one copy."""
@@ -178,10 +156,10 @@ def test_a_phase_reads_nothing_and_makes_no_constant(tmp_path, case):
     for index, phase in enumerate(dict.fromkeys(method.phases(0))):
         for role, denoiser in nets.items():
             denoiser.learn(role in method.trains(phase))
-        with Watch() as drawing:
+        with Transfers() as drawing:
             draws = method.draw(phase, MetaRng(0, 0, f"{phase}{index}", range(B), "cpu"), shape, carry)
         assert sum(drawing.constants.values()) == (0 if draws is None else 1)
-        with Watch() as watch:
+        with Transfers() as watch:
             loss, _ = method.loss(phase, nets, batch, draws, carry)
             loss.backward()
         assert not watch.reads

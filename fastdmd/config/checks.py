@@ -119,6 +119,25 @@ def problems_of_memory(config: Config) -> Problems:
         )
 
 
+def _check_compile(config: Config) -> Problems:
+    memory, rollout = config.memory, config.rollout or RolloutConfig()
+    if config.compile.mode != "step":
+        return
+    for key, off in (("offload", "none"), ("stream_base", False)):
+        if getattr(memory, key) != off:
+            yield (
+                "compile.mode",
+                f"'step' is one graph, which moves nothing to the host; use 'blocks', or no {key}",
+            )
+    if memory.checkpointing != "none":  # torch takes attention for random, as it could drop out
+        yield "compile.mode", "'step' computes nothing anew; use 'blocks', or memory.checkpointing = 'none'"
+    if rollout.mode == "causal" and not rollout.shared_exit_step:
+        yield (
+            "compile.mode",
+            "'step' has a graph for each choice of exits; use 'blocks', or rollout.shared_exit_step",
+        )
+
+
 def _check_folders(config: Config) -> Problems:
     """Check the folders of a run beside each other."""
     sources = {"model.path": config.model.path, **dict(map(config.role_source, config.method.roles))}
@@ -284,6 +303,7 @@ CHECKS: dict[Callable[[Config], Problems], set[str]] = {  # by the tables that e
     _check_schedule: {"method", "model", "schedule"},
     _check_options: {"method", "model", "vsa", "rollout"},
     problems_of_memory: {"method", "model", "student", "critic", "lora", "memory"},
+    _check_compile: {"method", "model", "student", "critic", "lora", "memory", "rollout", "compile"},
     _check_folders: {"method", "model", "student", "teacher", "critic"},
     _check_lora: {"student", "critic", "lora"},
     _check_unused: {"method", "teacher", "critic", "rollout", "ema"},

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union
 
+from fastdmd.capture import Config as CompileConfig
 from fastdmd.checkpoint import Config as CheckpointConfig
 from fastdmd.data import shapes
 from fastdmd.data.table import Config as DataConfig
@@ -93,6 +94,7 @@ class Config:
     ema: EMAConfig | None = None
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    compile: CompileConfig = field(default_factory=CompileConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     logging: LogConfig = field(default_factory=LogConfig)

@@ -19,6 +19,7 @@ from fastdmd.methods.method import Sampler
 from fastdmd.plan.preflight import planned_gb
 from fastdmd.resume import restored
 from fastdmd.run import Run
+from fastdmd.warm import count_transfers
 
 Scores = dict[str, float | None]
 NOT_SCORED: Scores = {"oracle": None, "swd": None}
@@ -102,6 +103,14 @@ def validate_step(run: Run, log: RunLog) -> None:
     log.write(run.step, {f"valid/{name}": value for name, value in scores.items()})
 
 
+def transfers(run: Run) -> dict[str, int]:
+    """Return the reads of the device and the constants of a phase, where the run is compiled."""
+    if run.capture.mode == "off":
+        return {}
+    reads, constants = count_transfers(run.config)
+    return {"reads_per_phase": reads + 1, "constants": constants}  # the trainer's own read of all numbers
+
+
 def keep_pictures(run: Run, name: str, x0: Tensor) -> None:
     for i, pixels in enumerate(run.world.pixels(x0[: run.config.validation.show])):
         validate.save_webp(run.folder / "samples" / name / f"{i:02d}.webp", pixels)
@@ -120,6 +129,7 @@ def finish(run: Run) -> None:
         "seconds": round(run.seconds, 1),
         "peak_mem_gb": round(peak_memory_gb(run.device), 3),
         "planned_peak_gb": planned_gb(run.folder),
+        "capture": run.capture.summary() | transfers(run),
     }
     write_atomic(run.folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
     shown = validate.prompts_for(run.config.validation, run.world)[: run.config.validation.show]

@@ -16,7 +16,9 @@ from fastdmd.schedule import Coeffs, Schedule, add_noise
 # "train" and "frozen" have weights of their own, "ema" follows the student, "heads" start at random
 How = Literal["train", "frozen", "ema", "heads"]
 TRAINABLE = ("student", "critic", "disc")  # the roles that some method trains
+LONGEST = 64  # steps of a cycle
 Nets = Mapping[str, Denoiser]
+Phases = tuple[str, ...]
 Carry = MutableMapping[str, Any]  # what the phases of one step share
 
 
@@ -129,6 +131,15 @@ class Method(ABC):
     def make_heads(self, nets: Nets) -> Any:
         """Return the module of a role with "heads", with random weights; `gan.heads` finds it again."""
         raise NotImplementedError
+
+
+def cycle(method: Method) -> list[Phases]:
+    """Return the phases of each step of a cycle, the shortest that a run repeats."""
+    steps = [method.phases(step) for step in range(2 * LONGEST)]
+    for length in range(1, LONGEST + 1):
+        if all(steps[i] == steps[i % length] for i in range(2 * LONGEST)):
+            return steps[:length]
+    raise AssertionError(f"no cycle of up to {LONGEST} steps")
 
 
 def ode_sampler(role: str, schedule: Schedule, grid: Tensor, guidance: float) -> Sampler:

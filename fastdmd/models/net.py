@@ -82,6 +82,11 @@ class Net(nn.Module, ABC):
         super().__init__()
         self.acting: list[str] = []  # the role of the call that runs, where modules inside cannot be given it
 
+    @property
+    def units(self) -> list[nn.Module]:
+        """Return the parts that are compiled one by one."""
+        return list(self.blocks)
+
     @abstractmethod
     def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond, call: Call = PLAIN) -> Out:
         """Return F of x_t [B, C, ..] at times model_t [B], or [B, n] for the n of `call.blocks`."""

@@ -2,13 +2,13 @@
 
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 from fastdmd.models.net import Net
+from fastdmd.models.recompute import recompute
 
 
 def run_block(net: Net, index: int, block: nn.Module, x: Tensor, *arguments: Any) -> Tensor:
@@ -18,5 +18,5 @@ def run_block(net: Net, index: int, block: nn.Module, x: Tensor, *arguments: Any
         return run(x, *arguments)
     with nullcontext() if net.offload is None else net.offload.keeping(index, x):
         if net.checkpointing == "full":
-            return cast("Tensor", checkpoint(run, x, *arguments, use_reentrant=False))
+            return recompute(run, x, *arguments)
         return run(x, *arguments)

@@ -16,10 +16,11 @@ import torch
 
 from fastdmd.config import Config
 from fastdmd.log import Progress
+from fastdmd.methods.method import Phases, cycle
 from fastdmd.models.net import Architecture
 from fastdmd.plan.gpus import GPU
 from fastdmd.plan.live import Phase
-from fastdmd.plan.step import Depths, Phases, Trace, cycle, trace
+from fastdmd.plan.step import Depths, Trace, trace
 from fastdmd.plan.work import Work
 from fastdmd.roles import Role, read_architecture, roles_of
 

@@ -13,7 +13,7 @@ from fastdmd.batch import Batch
 from fastdmd.config import Config
 from fastdmd.denoiser import Denoiser
 from fastdmd.methods import Method
-from fastdmd.methods.method import TRAINABLE
+from fastdmd.methods.method import TRAINABLE, Phases, cycle
 from fastdmd.optim import EMA, Optimizer, on_gradient
 from fastdmd.plan.live import Live, Phase
 from fastdmd.plan.ops import Fused, backward
@@ -21,9 +21,7 @@ from fastdmd.plan.work import Work
 from fastdmd.roles import Built, Place, Role, build_nets, roles_of
 from fastdmd.warm import MetaRng, empty_cond
 
-Phases = tuple[str, ...]
 Depths = Mapping[str, int]
-LONGEST = 64  # steps of a cycle
 # that an update moves for each parameter that learns: AdamW 7 floats, clipping 3, a master's rounding 6 bytes
 UPDATE_BYTES = 46
 
@@ -47,15 +45,6 @@ class ExitRng(MetaRng):
 
     def shared_integer(self, high: int) -> int:
         return high - 1 if self.last else 0
-
-
-def cycle(method: Method) -> list[Phases]:
-    """Return the phases of each step of a cycle, the shortest that a run repeats."""
-    steps = [method.phases(step) for step in range(2 * LONGEST)]
-    for length in range(1, LONGEST + 1):
-        if all(steps[i] == steps[i % length] for i in range(2 * LONGEST)):
-            return steps[:length]
-    raise AssertionError(f"no cycle of up to {LONGEST} steps")
 
 
 def trace(config: Config, depths: Depths | None, first_exit: bool = False) -> Trace:

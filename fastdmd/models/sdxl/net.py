@@ -12,11 +12,11 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 from fastdmd.batch import Cond
 from fastdmd.models.lora import base_of
 from fastdmd.models.net import PLAIN, Call, Checkpointing, Net, Out
+from fastdmd.models.recompute import recompute
 from fastdmd.schedule import wide
 
 UP = {"DownBlock2D": "UpBlock2D", "CrossAttnDownBlock2D": "CrossAttnUpBlock2D"}
@@ -182,15 +182,14 @@ class SDXL(Net):
 
     def _recomputed(self, module: nn.Module, *arguments: object) -> Any:
         """Return what a module makes of its arguments, computed anew in the backward by the same role."""
-        if not self.acting:
-            return cast("Any", checkpoint(module.__call__, *arguments, use_reentrant=False))
         role = list(self.acting)
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
             return nullcontext(), self._acting_as(role)
 
-        out = checkpoint(module.__call__, *arguments, use_reentrant=False, context_fn=contexts)  # pyright: ignore[reportUnknownVariableType]
-        return cast("Any", out)
+        if not role:  # a compiler takes contexts of another kind only
+            return recompute(module.__call__, *arguments)
+        return recompute(module.__call__, *arguments, contexts=contexts)
 
     @contextmanager
     def _acting_as(self, role: Sequence[str]) -> Generator[None]:
@@ -214,6 +213,14 @@ class SDXL(Net):
     def blocks(self) -> list[nn.Module]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Return the blocks that go down, the middle one and those that go up."""
         return [*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks]
+
+    @property
+    def units(self) -> list[nn.Module]:
+        """Return the parts that diffusers recomputes: a compiler takes no role from inside a checkpoint."""
+        from diffusers.models.attention import BasicTransformerBlock
+        from diffusers.models.resnet import ResnetBlock2D
+
+        return [m for m in self.unet.modules() if isinstance(m, ResnetBlock2D | BasicTransformerBlock)]
 
     def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond, call: Call = PLAIN) -> Out:
         """Return F, and the hidden states [B, D, H', W'] after the blocks `call.layers`.

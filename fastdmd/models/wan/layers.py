@@ -12,12 +12,11 @@ from typing import Any, Self, cast
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 from fastdmd.models.attention import Attention as SelfAttention
 from fastdmd.models.attention import Dense, Sparse
 from fastdmd.models.lora import base_of, linear
-from fastdmd.models.selective import contexts
+from fastdmd.models.recompute import keep_self_attention, recompute
 from fastdmd.schedule import wide
 from fastdmd_kernels.tiles import Grid, Tiles
 
@@ -199,7 +198,7 @@ class FeedForward(nn.Module):
             return self.whole(x, role)
         parts = x.chunk(self.chunks, dim=1)
         if torch.is_grad_enabled():
-            done: list[Any] = [checkpoint(self.whole, part, role, use_reentrant=False) for part in parts]
+            done = [recompute(self.whole, part, role) for part in parts]
         else:
             done = [self.whole(part, role) for part in parts]
         return torch.cat(done, dim=1)
@@ -223,8 +222,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, *arguments: Any) -> Tensor:
         """Return `tokens_after`. Selective checkpointing is in here, where a compiler can see it."""
         if self.selective and torch.is_grad_enabled():
-            kept = checkpoint(self.tokens_after, x, *arguments, use_reentrant=False, context_fn=contexts)  # pyright: ignore[reportUnknownVariableType]
-            return cast("Tensor", kept)
+            return recompute(self.tokens_after, x, *arguments, contexts=keep_self_attention)
         return self.tokens_after(x, *arguments)
 
     def tokens_after(
