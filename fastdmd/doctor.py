@@ -8,7 +8,7 @@ import torch
 from fastdmd.device import pick_device
 from fastdmd_kernels import attention, dispatch
 
-PACKAGES = ("torch", "triton", "diffusers", "transformers", "safetensors", "tensorboard", "wandb")
+PACKAGES = ("torch", "triton", "diffusers", "transformers", "safetensors", "torchao", "tensorboard", "wandb")
 
 
 def version(package: str) -> str:

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fastdmd import adamw8bit
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """One [optim.ROLE] table. The learning rate decides the result, so it has no default."""
 
     lr: float
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit: moments of a quarter of the bytes, by torchao
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.01
@@ -61,6 +63,7 @@ class EMAConfig:
 
 
 Form = tuple[torch.Size, torch.dtype]
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def forms(x: Tensor) -> Form:
@@ -81,6 +84,11 @@ def lr_at(config: Config, step: int, max_steps: int) -> float:
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def key_of(kind: str, part: str) -> str:
+    """Return what a part of a kind of moment is called."""
+    return f"{kind}_{part}" if part else kind
+
+
 def on_gradient(parameter: nn.Parameter, hook: Callable[[Tensor], None]) -> RemovableHandle:
     """Call a hook whenever a parameter's gradient has been accumulated, whether or not it learns now."""
     learns = parameter.requires_grad
@@ -91,7 +99,7 @@ def on_gradient(parameter: nn.Parameter, hook: Callable[[Tensor], None]) -> Remo
 
 
 class Optimizer:
-    """Fused AdamW over float32 masters of a network's parameters.
+    """AdamW, fused or with moments of 8 bits, over float32 masters of a network's parameters.
 
     A float32 parameter is its own master; for a parameter that was rounded to bfloat16, `masters` holds what
     it was. Plain bfloat16 AdamW at 1e-5 leaves 84-94 % of the weights bit-identical after 100 steps.
@@ -108,11 +116,18 @@ class Optimizer:
         self.max_steps = max_steps
         self.params = params
         self.masters = {name: masters.get(name, p) for name, p in self.params.items()}
-        fused = not any(master.is_meta for master in self.masters.values())  # torch has none there
-        self.adamw = torch.optim.AdamW(
-            self.masters.values(), config.lr, config.betas, config.eps, config.weight_decay, fused=fused
-        )
+        self.adamw = self._make()
         self.hooks = [on_gradient(p, partial(self._take, name)) for name, p in self._rounded()]
+
+    def _make(self) -> torch.optim.Optimizer:
+        """Return torch's optimizer, or torchao's; on the meta device, where it takes no step, the first."""
+        is_meta = any(master.is_meta for master in self.masters.values())
+        c = self.config
+        if c.name == "adamw8bit" and not is_meta:
+            return adamw8bit.make(self.masters.values(), c.lr, c.betas, c.eps, c.weight_decay)
+        return torch.optim.AdamW(
+            self.masters.values(), c.lr, c.betas, c.eps, c.weight_decay, fused=not is_meta
+        )
 
     def accumulate(self, name: str, grad: Tensor) -> None:
         """Add a micro-batch's gradient to the master's, in float32: in bfloat16 64 of them lose 0.8 %.
@@ -149,8 +164,12 @@ class Optimizer:
     @torch.no_grad()
     def step(self, step: int) -> None:
         """Update with the clipped gradients and drop them."""
+        lr = lr_at(self.config, step, self.max_steps)
         for group in self.adamw.param_groups:
-            group["lr"] = lr_at(self.config, step, self.max_steps)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
         self.adamw.step()
         self.adamw.zero_grad()
         self.round()
@@ -164,14 +183,25 @@ class Optimizer:
         return ((name, p) for name, p in self.params.items() if self.masters[name] is not p)
 
     def moments(self) -> dict[str, Tensor]:
-        """Return AdamW's state by "kind.parameter"."""
-        state = self.adamw.state
+        """Return AdamW's state by "kind.parameter", a moment in codes by "kind_part.parameter"."""
         return {
-            f"{kind}.{name}": value for name, m in self.masters.items() for kind, value in state[m].items()
+            f"{key_of(kind, part)}.{name}": value
+            for name, master in self.masters.items()
+            for kind, moment in self.adamw.state[master].items()
+            for part, value in adamw8bit.parts_of(moment).items()
         }
 
+    def part_forms(self, master: Tensor) -> dict[str, Form]:
+        """Return the shape and dtype of each part of a master's moments."""
+        return adamw8bit.part_forms(master) if self.config.name == "adamw8bit" else {"": forms(master)}
+
+    def moment_bytes(self) -> int:
+        """Return the bytes of all moments, once each parameter has had a gradient."""
+        forms_of = [form for m in self.masters.values() for form in self.part_forms(m).values()]
+        return len(MOMENTS) * sum(math.prod(shape) * dtype.itemsize for shape, dtype in forms_of)
+
     def moment_forms(self, given: Iterable[str]) -> dict[str, Form]:
-        """Return the shapes and dtypes of AdamW's state by "kind.parameter".
+        """Return the shapes and dtypes of `moments`.
 
         It is of every parameter that has a name among the given: one that never had a gradient has no state.
         """
@@ -179,7 +209,9 @@ class Optimizer:
         wanted: dict[str, Form] = {}
         for name, master in self.masters.items():
             if name in moved:
-                wanted |= {f"{kind}.{name}": forms(master) for kind in ("exp_avg", "exp_avg_sq")}
+                for kind in MOMENTS:
+                    parts = self.part_forms(master)
+                    wanted |= {f"{key_of(kind, part)}.{name}": form for part, form in parts.items()}
                 wanted[f"step.{name}"] = (torch.Size(), torch.float32)
         return wanted
 
@@ -188,9 +220,17 @@ class Optimizer:
         """Read back masters and moments; the network follows."""
         for name, master in self.masters.items():
             master.copy_(masters[name])
-        for key, value in moments.items():
-            kind, _, name = key.partition(".")
-            self.adamw.state[self.masters[name]][kind] = value.to(self.masters[name].device, copy=True)
+        for name in {key.partition(".")[2] for key in moments}:
+            master = self.masters[name]
+            for kind in MOMENTS:
+                parts = {
+                    part: moments[f"{key_of(kind, part)}.{name}"].to(master.device, copy=True)
+                    for part in self.part_forms(master)
+                }
+                self.adamw.state[master][kind] = adamw8bit.joined(parts, signed=kind == "exp_avg")
+            # torchao counts on the host: a power of beta that a GPU takes may be rounded otherwise
+            device = "cpu" if self.config.name == "adamw8bit" else master.device
+            self.adamw.state[master]["step"] = moments[f"step.{name}"].to(device, copy=True)
         self.round()
 
 

@@ -107,7 +107,12 @@ def save(run: Run) -> Path:
 
 def not_finite(tensors: Tensors) -> list[str]:
     """Return the tensors that are not finite, as "file.name"; one read of the device where all are."""
-    named = {f"{file}.{name}": x for file, each in tensors.items() for name, x in each.items() if x.numel()}
+    named = {
+        f"{file}.{name}": x
+        for file, each in tensors.items()
+        for name, x in each.items()
+        if x.numel() and x.is_floating_point()  # codes of 8 bits are finite; their scales may be not
+    }
     by_device: dict[torch.device, list[Tensor]] = {}
     for x in named.values():
         by_device.setdefault(x.device, []).append(x)

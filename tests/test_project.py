@@ -12,7 +12,7 @@ import pytest
 REPOSITORY = Path(__file__).parent.parent
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 DISTRIBUTIONS = {"PIL": "pillow"}  # where it is not the module's name
-EXTRAS = {"wandb"}  # of fastdmd[wandb]; what is imported without it says so
+EXTRAS = {"wandb", "torchao"}  # of fastdmd[wandb] and [quant]; what is imported without it says so
 # no line imports them: `Tensor.numpy` needs numpy, which torch does not bring; without accelerate peft
 # does not import, and diffusers refuses a Wan transformer: an exported student's
 OF_OTHERS = {"numpy", "accelerate"}
@@ -67,11 +67,11 @@ def test_a_tool_that_judges_is_pinned():
 
 def test_ci_requires_what_tests_would_be_skipped_without():
     command = (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8").splitlines()[-1]
-    assert command == 'make test PYTEST="--require=triton,tensorboard,wandb"'
+    assert command == 'make test PYTEST="--require=triton,torchao,tensorboard,wandb"'
     skipped = set()
     for path in (REPOSITORY / "tests").rglob("test_*.py"):
         skipped |= set(re.findall(r'importorskip\("(\w+)"\)', path.read_text(encoding="utf-8")))
-    assert skipped == {"triton", "tensorboard", "wandb"}
+    assert skipped == {"triton", "torchao", "tensorboard", "wandb"}
 
 
 @pytest.mark.parametrize(("required", "code"), [("json,torch", 0), ("json,no_such_module", 4)])

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fastdmd import adamw8bit
 from fastdmd.config import strict
 from fastdmd.config.schema import Config
 from fastdmd.data import shapes
@@ -291,6 +292,12 @@ def _uneven_blocks(config: Config, key: str, block: int | None, first: int) -> P
         )
 
 
+def _check_packages(config: Config) -> Problems:
+    for role, table in config.optim.items():  # a wrong table is None
+        if table and table.name == "adamw8bit" and not adamw8bit.is_installed():
+            yield f"optim.{role}.name", "'adamw8bit' needs torchao; pip install 'fastdmd[quant]'"
+
+
 def _check_prompts(config: Config) -> Problems:
     known = shapes.captions(config.latent_frames())
     for prompt in config.validation.prompts if config.data.kind == "shapes" else ():
@@ -312,8 +319,9 @@ CHECKS: dict[Callable[[Config], Problems], set[str]] = {  # by the tables that e
     _check_sizes: {"model", "data"},
     _check_data: {"method", "model", "student", "teacher", "critic", "rollout", "data"},
     _check_parts: {"model", "data"},
+    _check_packages: {"optim"},
     _check_frames: {"model", "data", "rollout"},
     _check_blocks: {"method", "model", "data", "validation"},
     _check_prompts: {"model", "data", "validation"},
 }
-OF_THIS_MACHINE = {_check_parts}
+OF_THIS_MACHINE = {_check_parts, _check_packages}

@@ -145,10 +145,10 @@ def of_cycle(
 
 def checkpoint_bytes(config: Config, found: Trace) -> int:
     """Return the bytes of a checkpoint: float32 masters, two moments, and the student's average."""
-    numbers = 3 * sum(found.trained.values())
+    numbers = sum(found.trained.values())
     if config.ema:
         numbers += found.trained["student"]
-    return 4 * numbers
+    return 4 * numbers + sum(found.moments.values())
 
 
 def progress_of(depths: Depths | None, uniform: bool) -> Callable[[], None]:
@@ -225,5 +225,9 @@ def extended(base: Trace, more: Mapping[int, Trace], blocks: Mapping[int, int]) 
         for name in base.phases
     }
     return Trace(
-        phases, each(lambda one: one.fixed), each(lambda one: one.parameters), each(lambda one: one.trained)
+        phases,
+        each(lambda one: one.fixed),
+        each(lambda one: one.parameters),
+        each(lambda one: one.trained),
+        each(lambda one: one.moments),
     )

@@ -11,7 +11,10 @@ from fastdmd.plan.gpus import GPU
 
 
 def levers(config: Config) -> Iterator[tuple[str, Config]]:
-    """Yield changes that take memory off and change no result, each on top of the others."""
+    """Yield changes that take memory off, each on top of the others.
+
+    They change no result, but for the last, which rounds AdamW's moments to 8 bits.
+    """
     size = config.run.batch_size
     if size > 1:
         accum = config.run.grad_accum * size
@@ -32,6 +35,11 @@ def levers(config: Config) -> Iterator[tuple[str, Config]]:
         if memory != config.memory and allowed(config, changed):
             config = changed
             yield f"memory.{key} = {to_toml(value)}".replace('"', "'"), config
+    plain = [role for role, table in config.optim.items() if table.name == "adamw"]
+    if plain:
+        smaller = {role: replace(config.optim[role], name="adamw8bit") for role in plain}
+        text = " and ".join(f"optim.{role}.name = 'adamw8bit'" for role in plain)
+        yield text, replace(config, optim={**config.optim, **smaller})
 
 
 def allowed(config: Config, changed: Config) -> bool:

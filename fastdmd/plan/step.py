@@ -14,7 +14,7 @@ from fastdmd.config import Config
 from fastdmd.denoiser import Denoiser
 from fastdmd.methods import Method
 from fastdmd.methods.method import TRAINABLE, Phases, cycle
-from fastdmd.optim import EMA, Optimizer, on_gradient
+from fastdmd.optim import EMA, MOMENTS, Optimizer, key_of, on_gradient
 from fastdmd.plan.live import Live, Phase
 from fastdmd.plan.ops import Fused, backward
 from fastdmd.plan.work import Work
@@ -22,8 +22,9 @@ from fastdmd.roles import Built, Place, Role, build_nets, roles_of
 from fastdmd.warm import MetaRng, empty_cond
 
 Depths = Mapping[str, int]
-# that an update moves for each parameter that learns: AdamW 7 floats, clipping 3, a master's rounding 6 bytes
-UPDATE_BYTES = 46
+# that an update moves for each parameter that learns: AdamW 7 floats, of which moments in codes are 4 bytes,
+# clipping 3, a master's rounding 6 bytes
+UPDATE_BYTES = {"adamw": 46, "adamw8bit": 34}
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Trace:
     )  # bytes that are there between steps, by kind
     parameters: Mapping[str, int] = field(default_factory=dict[str, int])  # of each role's network
     trained: Mapping[str, int] = field(default_factory=dict[str, int])  # of those, what learns
+    moments: Mapping[str, int] = field(default_factory=dict[str, int])  # bytes of each optimizer's
 
 
 class ExitRng(MetaRng):
@@ -68,6 +70,7 @@ def trace(config: Config, depths: Depths | None, first_exit: bool = False) -> Tr
         trained = {name: optimizer for name, optimizer in optimizers.items() if optimizer}
         found.parameters = {name: sum(p.numel() for p in d.net.parameters()) for name, d in nets.items()}
         found.trained = {name: sum(m.numel() for m in o.masters.values()) for name, o in trained.items()}
+        found.moments = {name: o.moment_bytes() for name, o in trained.items()}
         if config.ema:
             with live.made_as("average, student"):
                 ema = EMA(trained["student"].masters, config.ema)
@@ -113,7 +116,11 @@ def hold_role(live: Live, config: Config, name: str, built: Built) -> Optimizer 
         optimizer.hooks.append(on_gradient(p, partial(hold_gradient, live, optimizer, key, name)))
     with live.made_as(f"moments, {name}"):
         for master in optimizer.masters.values():
-            moments = {kind: torch.empty_like(master) for kind in ("exp_avg", "exp_avg_sq")}
+            moments = {
+                key_of(kind, part): torch.empty(shape, dtype=dtype, device="meta")
+                for kind in MOMENTS
+                for part, (shape, dtype) in optimizer.part_forms(master).items()
+            }
             optimizer.adamw.state[master] = {**moments, "step": torch.zeros(())}
     return optimizer
 
@@ -182,6 +189,6 @@ def step(
         live.begin(f"{where}, optimizer")
         for role in learning:
             parameters = sum(master.numel() for master in optimizers[role].masters.values())
-            live.phase.work += Work(traffic=UPDATE_BYTES * parameters)
+            live.phase.work += Work(traffic=UPDATE_BYTES[config.optim[role].name] * parameters)
             optimizers[role].adamw.zero_grad()
     live.begin("")

@@ -38,6 +38,7 @@ def test_levers_are_tried_until_the_run_fits(tmp_path):
         "memory.offload = 'block_inputs'",
         "memory.ffn_chunks = 8",
         "memory.stream_base = true",
+        "optim.student.name = 'adamw8bit' and optim.critic.name = 'adamw8bit'",
     )
     plans = [make_plan(each) for each in (config, *changed)]
     saved = [before.peak - after.peak for before, after in pairwise(plans)]
@@ -57,7 +58,15 @@ def test_levers_are_those_that_the_run_can_have(tmp_path):
     assert "memory.stream_base = true" not in texts
     assert "memory.offload = 'block_inputs'" in texts
     keys = ("run.batch_size=1", "memory.checkpointing='full'", "memory.guidance='two_calls'")
-    assert list(levers(make_config(tmp_path / "sdxl", "sdxl_dmd", *keys))) == []
+    config = make_config(tmp_path / "sdxl", "sdxl_dmd", *keys)
+    [(text, changed)] = levers(config)
+    assert text == "optim.student.name = 'adamw8bit' and optim.critic.name = 'adamw8bit'"
+    assert changed.memory == config.memory
+    assert {role: table.name for role, table in changed.optim.items()} == {
+        "student": "adamw8bit",
+        "critic": "adamw8bit",
+    }
+    assert list(levers(changed)) == []
 
 
 def test_guidance_takes_two_calls_where_one_does_not_fit(tmp_path, capsys):
