@@ -60,4 +60,5 @@ def joined(parts: Mapping[str, Tensor], signed: bool) -> Any:
         return parts[""]
     from torchao.optim.subclass_8bit import OptimState8bit  # pyright: ignore[reportMissingImports]
 
-    return OptimState8bit(*(parts[part] for part in PARTS), signed, dtype=torch.float32)
+    kind: Any = OptimState8bit
+    return kind(*(parts[part] for part in PARTS), signed, dtype=torch.float32)

@@ -103,11 +103,7 @@ class Capture:
         carry: Any,
         parts: int,
     ) -> Loss:
-        """Return a phase's loss after adding its gradients to those of its roles."""
-        if self.mode != "step":
-            loss, metrics = self.method.loss(phase, nets, batch, draws, carry)
-            (loss / parts).backward()
-            return loss.detach(), metrics
+        """Return a phase's loss by its graph, after adding its gradients to those of its roles."""
         owners = [(each, name) for role, each in optimizers.items() for name in each.params]
         learning = [(each, name) for each, name in owners if each.params[name].requires_grad]
         parameters = [each.params[name] for each, name in learning]

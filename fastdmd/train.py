@@ -126,10 +126,14 @@ def take_step(run: Run) -> dict[str, float]:
         for micro, batch, carry in zip(samples, batches, carries, strict=True):
             rng = Rng(config.seed, run.step, f"{phase}{index}", micro, run.device)
             draws = run.method.draw(phase, rng, batch.latent_shape, carry)
-            loss, metrics = run.capture.backward(
-                phase, run.nets, run.optimizers, batch, draws, carry, config.grad_accum
-            )
-            parts.append({f"loss_{phase}": loss, **metrics})
+            if run.capture.mode == "step":
+                loss, metrics = run.capture.backward(
+                    phase, run.nets, run.optimizers, batch, draws, carry, config.grad_accum
+                )
+            else:
+                loss, metrics = run.method.loss(phase, run.nets, batch, draws, carry)
+                (loss / config.grad_accum).backward()
+            parts.append({f"loss_{phase}": loss.detach(), **metrics})
         found, samples_of = mean_metrics(parts)
         found |= {f"grad_norm_{role}": run.optimizers[role].clip() for role in trained}
         # the one read of the device in a phase: nothing that is not finite may reach the weights

@@ -59,6 +59,7 @@ FREELY = (
     *(
         "optim.student.schedule='constant'",
         "memory.checkpointing='full'",
+        "compile.mode='blocks'",
         "checkpoint.every=1",
         "checkpoint.keep=1",
     ),
@@ -117,7 +118,7 @@ def test_what_may_change_is_no_longer_than_it_has_to_be(tmp_path):
         assert any(fnmatch(key, pattern) for key in keys), pattern
     free = {key for key in keys if any(fnmatch(key, pattern) for pattern in FREE)}
     assert {key.partition(".")[0] for key in free} == {
-        *("run", "optim", "memory", "checkpoint", "validation", "logging"),
+        *("run", "optim", "memory", "compile", "checkpoint", "validation", "logging"),
     }
     assert {key for key in free if key.startswith(("run.", "optim.student."))} == {
         *("run.output_dir", "run.max_steps", "run.device"),

@@ -285,7 +285,7 @@ def test_summaries_have_the_same_keys(tmp_path):
         run = train.train(make_config(tmp_path / str(i), method, "run.max_steps=1", *overrides))
         found.append(json.loads((run.folder / "summary.json").read_text()))
     for summary in found:
-        keys = ["scores", "student_steps", "steps", "seconds", "peak_mem_gb", "planned_peak_gb"]
+        keys = ["scores", "student_steps", "steps", "seconds", "peak_mem_gb", "planned_peak_gb", "capture"]
         assert list(summary) == keys
         assert list(summary["scores"]) == ["student", "teacher", "teacher_few"]
         assert all(list(scores) == ["oracle", "swd"] for scores in summary["scores"].values())

@@ -50,6 +50,7 @@ class Held:
             self.before.fetch()
         x, self.ready = self.ready, None
         assert x is not None
+        self.host = self.before = None  # a backward wants it once, and the walk's last holds all before it
         return x
 
 

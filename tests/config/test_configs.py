@@ -57,9 +57,12 @@ LENGTHS = {
     "sdxl_lcm_lora": (1000, 0),
     "wan14b_dcm": (1000, 0),
     "wan14b_dmd": (800, 4000),  # FastVideo's 4,000 steps
+    "wan14b_dmd_24gb": (800, 4000),
+    "wan14b_dmd_full": (800, 4000),
     "wan14b_sid": (120, 600),  # Self-Forcing's 600 iterations, here and below
     "wan1_3b_dcm": (1000, 0),
     "wan1_3b_dmd": (800, 4000),
+    "wan1_3b_dmd_full": (800, 4000),
     "wan1_3b_lcm": (4000, 0),
     "wan1_3b_selfforcing_dmd": (120, 600),
     "wan1_3b_selfforcing_sid": (120, 600),
@@ -81,9 +84,10 @@ LENGTHS = {
     "tiny_sid": (900, 1800),
 }
 SAMPLES = {  # of a step
-    **dict.fromkeys(("wan1_3b_dmd", "wan1_3b_sid", "wan14b_sid"), 64),
+    **dict.fromkeys(("wan1_3b_dmd", "wan1_3b_dmd_full", "wan1_3b_sid", "wan14b_sid"), 64),
     **dict.fromkeys(("wan1_3b_selfforcing_dmd", "wan1_3b_selfforcing_sid"), 64),
-    "wan14b_dmd": 16,  # 64 GPUs, four on a sample
+    # 64 GPUs, four on a sample
+    **dict.fromkeys(("wan14b_dmd", "wan14b_dmd_24gb", "wan14b_dmd_full"), 16),
     **dict.fromkeys(("wan1_3b_dcm", "wan14b_dcm"), 1),
     "wan1_3b_lcm": 16,
     "sdxl_dmd": 128,
@@ -91,11 +95,15 @@ SAMPLES = {  # of a step
 }
 NEEDS_NO_SOURCE = ("output_dir", "family", "name", "expert")
 SIBLINGS = [
-    ("wan1_3b_dmd", "wan14b_dmd"),
+    ("wan1_3b_dmd_full", "wan14b_dmd_full"),
+    ("wan1_3b_dmd_full", "wan1_3b_dmd"),
+    ("wan14b_dmd_full", "wan14b_dmd"),
+    ("wan14b_dmd", "wan14b_dmd_24gb"),
+    ("wan14b_dmd", "wan14b_sid"),
     ("wan1_3b_sid", "wan14b_sid"),
     ("wan1_3b_dcm", "wan14b_dcm"),
-    ("wan1_3b_dmd", "wan1_3b_sid"),
-    ("wan1_3b_dmd", "wan1_3b_selfforcing_dmd"),
+    ("wan1_3b_dmd_full", "wan1_3b_sid"),
+    ("wan1_3b_dmd_full", "wan1_3b_selfforcing_dmd"),
     ("wan1_3b_sid", "wan1_3b_selfforcing_sid"),
     ("wan1_3b_selfforcing_dmd", "wan1_3b_selfforcing_sid"),
     ("wan1_3b_dcm", "wan1_3b_lcm"),
@@ -193,7 +201,7 @@ def count(net: torch.nn.Module) -> int:
 def added(config: Config, role: str, net) -> int:
     """Return what a role's network has beside the published parameters and adapters."""
     options, found = config.role_options(role), 0
-    if options.tile:  # a gate for each block
+    if options.tile and not config.role_lora(role):  # a gate for each block; of adapters it has no weights
         found += net.config.num_layers * (net.config.width + 1) * net.config.width
     if options.guidance_embedding:
         found += GUIDANCE_EMBEDDING * net.config.block_out_channels[0]
