@@ -40,11 +40,19 @@ gpu: $(if $(filter $(BIN)/%,$(PY)),.venv/.dev)  ## on this GPU: correctness, the
 	$(HERE) -m bench.report build/gpu/*.jsonl > build/gpu/report.txt; cat build/gpu/report.txt; \
 	exit $$((tests + bench))
 
-aot: .venv/.dev  ## every kernel to machine code for six GPU targets, its checks, and the table
-	$(BIN)/cmake -S . -B build -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython3_EXECUTABLE=$(abspath $(BIN)/python)
-	$(BIN)/cmake --build build
-	$(BIN)/ctest --test-dir build --output-on-failure
-	$(BIN)/python -m fastdmd_kernels.aot --out build/aot --check
+# `make aot TRITON=3.9.0` compiles with another triton than .venv's, which it installs beside, in build/triton-3.9.0
+BUILD := build$(TRITON:%=/triton-%)
+BESIDE := $(TRITON:%=$(BUILD)/site)
+WITH := $(BESIDE:%=PYTHONPATH=$(CURDIR)/%)
+
+aot: .venv/.dev $(BESIDE)  ## every kernel to machine code for six GPU targets, its checks, and the table
+	$(BIN)/cmake -S . -B $(BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython3_EXECUTABLE=$(abspath $(BIN)/python)
+	$(WITH) $(BIN)/cmake --build $(BUILD)
+	$(WITH) $(BIN)/ctest --test-dir $(BUILD) --output-on-failure
+	$(WITH) $(BIN)/python -m fastdmd_kernels.aot --out $(BUILD)/aot --check
+
+build/triton-%/site:
+	$(PIP) --target $@ --no-deps triton==$*
 
 lint: style
 	$(BIN)/pyright
@@ -53,9 +61,13 @@ style: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# The torch that is tested, before the rest: of a newer one the registry has no build without CUDA.
+TORCH ?= 2.13.0
+
 .venv/.run: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(PIP) --upgrade pip
+	$(PIP) torch==$(TORCH)
 	$(PIP) --editable .
 	touch $@
 

@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement  # pytest needs it
 
 REPOSITORY = Path(__file__).parent.parent
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -63,6 +64,15 @@ WanTransformer3DModel.from_pretrained(sys.argv[1])
 def test_a_tool_that_judges_is_pinned():
     exact = {name for name in PROJECT["optional-dependencies"]["dev"] if "==" in name}
     assert {"ruff", "pyright"} <= names(sorted(exact))
+
+
+def test_the_project_s_own_torch_is_installed_first_and_is_one_that_it_takes():
+    """Of the newest one a registry may have no build without CUDA."""
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    [own] = re.findall(r"^TORCH \?= (\S+)$", makefile, re.MULTILINE)
+    [torch] = [Requirement(line) for line in PROJECT["dependencies"] if line.startswith("torch")]
+    assert torch.specifier.contains(own)
+    assert makefile.index("$(PIP) torch==$(TORCH)\n") < makefile.index("$(PIP) --editable .\n")
 
 
 def test_ci_requires_what_tests_would_be_skipped_without():

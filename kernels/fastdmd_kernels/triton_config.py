@@ -1,8 +1,10 @@
-"""Launch configurations, one table: warps and pipeline stages by (target, kernel, dtype, head dim)."""
+"""Launch configurations: warps and pipeline stages by (target, kernel, dtype, head dim, triton's version)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+import triton
 from triton.runtime import driver
 
 POINTERS = "sm_80"  # the configurations that need no TMA
@@ -24,13 +26,31 @@ _ATTENTION = {
     ("gfx950", 64): ((4, 2), (4, 2), (4, 1)),  # 140 16, 172 16, 174 8
     ("gfx950", 128): ((4, 2), (4, 2), (4, 1)),  # 220 32, 326 32, 296 16; dk and dv in two stages: 402
 }
-# warps in float32, where the usual 4 spill
-_FLOAT32 = {
-    ("sm_100", "vsa_bwd_dq", 128): 8,
-    ("sm_120", "vsa_fwd", 128): 16,
-    ("sm_120", "vsa_bwd_dq", 128): 8,
-    ("sm_120", "vsa_bwd_dkdv", 64): 16,
+# (num_warps, num_stages) of what has float32 products and spills with the usual ones, by the first triton
+# that the row is for. Compiled with 3.6.0, 3.7.1, 3.8.0 and 3.9.0, and never timed. Spills are in bytes, with
+# the usual ones where nothing else is said, of 3.9.0.
+_USUAL = {"vsa_fwd": (4, 1), "vsa_bwd_dq": (4, 1), "vsa_bwd_dkdv": (4, 1), "vsa_select": (16, 2)}
+_SINCE_3_6 = {
+    ("sm_100", "vsa_bwd_dq", 128): (8, 1),
+    ("sm_120", "vsa_fwd", 128): (16, 1),
+    ("sm_120", "vsa_bwd_dq", 128): (8, 1),
+    ("sm_120", "vsa_bwd_dkdv", 64): (16, 1),
 }
+_SINCE_3_8 = _SINCE_3_6 | {
+    ("sm_80", "vsa_fwd", 128): (8, 1),  # spills 608
+    ("sm_80", "vsa_bwd_dq", 128): (8, 2),  # 728; with 8 warps in one stage 24
+    ("sm_90", "vsa_bwd_dq", 128): (8, 1),  # 48
+    ("sm_90", "vsa_bwd_dkdv", 128): (8, 1),  # 6,404, and nothing with 3.8.0
+    ("sm_100", "vsa_bwd_dkdv", 64): (16, 1),  # 4,144; with 8 warps 280
+    ("sm_100", "vsa_bwd_dkdv", 128): (8, 1),  # 6,164
+    ("sm_120", "vsa_bwd_dkdv", 128): (8, 1),  # 4,408; with 16 warps 60
+    # 8 each; with 32 warps sm_80 and sm_120 spill 32 and 88
+    ("sm_90", "vsa_select", 64): (32, 2),
+    ("sm_90", "vsa_select", 128): (32, 2),
+    ("sm_100", "vsa_select", 64): (32, 2),
+    ("sm_100", "vsa_select", 128): (32, 2),
+}
+_FLOAT32 = {(3, 6): _SINCE_3_6, (3, 8): _SINCE_3_8}
 _KERNELS = ("vsa_fwd", "vsa_bwd_dq", "vsa_bwd_dkdv")
 
 
@@ -57,20 +77,30 @@ def device_target(device: torch.device) -> str:
     raise ValueError(f"no kernels for sm_{arch}; there are for sm_80 and newer")
 
 
-def config(op: str, target: str, dtype: str, head_dim: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return (constexprs, options) of a kernel."""
+def float32_row(version: str) -> Mapping[tuple[str, str, int], tuple[int, int]]:
+    """Return the row of a triton such as "3.9.0": the newest that is not newer than it, else the oldest."""
+    major, minor = map(int, version.split(".")[:2])
+    return _FLOAT32[max((since for since in _FLOAT32 if since <= (major, minor)), default=min(_FLOAT32))]
+
+
+def config(
+    op: str, target: str, dtype: str, head_dim: int, version: str = triton.__version__
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return (constexprs, options) of a kernel, as this version of triton compiles it."""
     options: dict[str, Any] = {"enable_fp_fusion": True}
+    K = max(head_dim, 64)
+    warps, stages = float32_row(version).get((target, op, K), _USUAL.get(op, (4, 2)))
+    if op in _KERNELS and dtype != "fp32":
+        warps, stages = _ATTENTION[target, K][_KERNELS.index(op)]
+    options |= {"num_warps": warps, "num_stages": stages}
     if op not in _KERNELS:
-        return {}, options | {"num_warps": 16 if op == "vsa_select" else 4, "num_stages": 2}
+        return {}, options
     if target.startswith("gfx"):
         options["matrix_instr_nonkdim"] = 16
     exact = {} if op == "vsa_fwd" else {"EXACT": dtype == "fp32"}
     if dtype == "fp32":
         # 16 rows a program: with 64, sm_90 spills 424 bytes forward and 21,904 backward
-        options |= {"num_warps": _FLOAT32.get((target, op, max(head_dim, 64)), 4), "num_stages": 1}
         return {"ROWS": 16, "USE_DESC": False, "PRECISION": "ieee", **exact}, options
-    warps, stages = _ATTENTION[target, max(head_dim, 64)][_KERNELS.index(op)]
-    options |= {"num_warps": warps, "num_stages": stages}
     return {"ROWS": 64, "USE_DESC": target in ("sm_90", "sm_100"), "PRECISION": "ieee", **exact}, options
 
 

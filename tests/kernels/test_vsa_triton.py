@@ -29,7 +29,7 @@ from vsa_tiles import (
 
 from fastdmd_kernels.triton_config import config
 from fastdmd_kernels.vsa import triton as vsa
-from fastdmd_kernels.vsa import triton_bwd, triton_fwd
+from fastdmd_kernels.vsa import triton_bwd, triton_fwd, triton_select
 from fastdmd_kernels.vsa.triton_tokens import store_tile
 
 pytestmark = [
@@ -130,6 +130,22 @@ def test_head_dims(K, path):
     q, k, v = tokens((4, 4, 7), K=K)
     tiles = tiles_of((4, 4, 7))
     check(q, k, v, index_of(q, k, tiles, tiles, 1), tiles, tiles)
+
+
+def of_triton_3_9(op: str, target: str, dtype: str, K: int):
+    return config(op, target, dtype, K, "3.9.0")
+
+
+@pytest.mark.parametrize("K", [64, 128])
+def test_what_a_newer_compiler_is_launched_with(K, monkeypatch):
+    """Other warps and stages; lists too come from the kernel."""
+    for module in (triton_select, triton_fwd, triton_bwd):
+        monkeypatch.setattr(module, "config", of_triton_3_9)
+    q, k, v = tokens((4, 4, 7), K=K)
+    tiles = tiles_of((4, 4, 7))
+    index = index_of(q, k, tiles, tiles, 1)
+    assert torch.equal(vsa.select(vsa.pool(q, *tiles), vsa.pool(k, *tiles), *tiles, 1), pack(index, tiles))
+    check(q, k, v, index, tiles, tiles)
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0, 16.0])
