@@ -15,8 +15,10 @@ from tiny import FLOW
 from typer.testing import CliRunner
 
 from fastdmd.cli import app
+from fastdmd.doctor import try_candidates
 from fastdmd.files import locked
-from fastdmd_kernels import attention, dispatch
+from fastdmd_kernels import attention, dispatch, norm
+from fastdmd_kernels.trial import Choice, installed
 
 COMMANDS = ("train", "sample", "eval", "export", "warm", "doctor")
 HELP = [sys.executable, "-c", "from fastdmd.cli import main; main()", "--help"]
@@ -73,6 +75,25 @@ def test_doctor_lists_versions_device_and_backends():
     for op in dispatch.OPS:
         assert report[op].split()[0] in {"torch", "triton"}, op
     assert report["attention"].split()[0] in attention.IMPLEMENTATIONS
+    assert report["norms"].split()[0] in norm.IMPLEMENTATIONS
+    of_attention, of_norms = (line for line in result.stdout.splitlines() if line.startswith("candidates"))
+    assert of_attention.endswith(
+        f" attention: cudnn, flash, efficient, xformers ({installed('xformers')}), flex, math"
+    )
+    assert of_norms.endswith(f" norms: torch, liger ({installed('liger-kernel')})")
+
+
+def test_doctor_s_trials_on_a_gpu_are_of_all_candidates(monkeypatch):
+    asked = []
+    monkeypatch.setattr(attention, "_probe", lambda device, *key: asked.append(key) or Choice("flash"))
+    monkeypatch.setattr(norm, "_probe", lambda kind, *_: asked.append(kind) or Choice("liger"))
+    monkeypatch.setattr(attention, "_choices", {})
+    monkeypatch.setattr(norm, "_choices", {})
+    device = torch.device("cuda", 0)
+    try_candidates(device)
+    assert asked == [(torch.bfloat16, 128), "rms_norm", "layer_norm", "group_norm"]
+    assert attention.describe(device) == {"attention bfloat16 128": "flash (pinned)"}
+    assert norm.describe(device)["layer_norm float32 1536"] == "liger (pinned)"
 
 
 @pytest.mark.parametrize(

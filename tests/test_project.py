@@ -77,11 +77,11 @@ def test_the_project_s_own_torch_is_installed_first_and_is_one_that_it_takes():
 
 def test_ci_requires_what_tests_would_be_skipped_without():
     command = (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8").splitlines()[-1]
-    assert command == 'make test PYTEST="--require=triton,torchao,tensorboard,wandb"'
+    assert command == 'make test PYTEST="--require=triton,torchao,liger_kernel,tensorboard,wandb"'
     skipped = set()
     for path in (REPOSITORY / "tests").rglob("test_*.py"):
         skipped |= set(re.findall(r'importorskip\("(\w+)"\)', path.read_text(encoding="utf-8")))
-    assert skipped == {"triton", "torchao", "tensorboard", "wandb"}
+    assert skipped == {"triton", "torchao", "liger_kernel", "tensorboard", "wandb"}
 
 
 @pytest.mark.parametrize(("required", "code"), [("json,torch", 0), ("json,no_such_module", 4)])

@@ -10,27 +10,23 @@ torch.compile or a CUDA graph's capture sees the op. Where ranks must agree to t
 """
 
 import importlib
-import statistics
-import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastdmd_kernels import trial
+from fastdmd_kernels.trial import Choice
+
 Implementation = Callable[[Tensor, Tensor, Tensor], Tensor]
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # q, k, v, dout
 
-# what libraries raise where they cannot run: not installed, no such GPU, dtype or head dim, no memory
-REFUSALS = (ImportError, OSError, RuntimeError, ValueError, TypeError, AssertionError)
-
 PROBE = (2, 4096, 4096, 8)  # B, Lq, Lk, N of the timing: about 1 ms forward and backward on a large GPU
 SAMPLE = (2, 200, 77, 2)  # of the check of values and gradients; the same B, so that flex compiles once
-NEAR = 1.05  # times this near are noise: the first in the order below wins, on every rank the same
 
 # -------------------------------------------------------------------------------------------- implementations
 
@@ -74,25 +70,10 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "math": _sdpa(SDPBackend.MATH),  # takes memory for all scores
 }
 CANDIDATES = ("cudnn", "flash", "efficient", "xformers", "flex", "math")  # on a GPU, in order of preference
+PACKAGES = {"xformers": "xformers"}  # what a candidate needs beside torch
 
 
 # ------------------------------------------------------------------------------------------------- the choice
-
-
-@dataclass(frozen=True)
-class Choice:
-    name: str
-    # forward and backward of PROBE, of those that are right
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    refused: Mapping[str, str] = field(default_factory=dict)  # name -> why not
-
-    def __str__(self) -> str:
-        if not self.seconds:
-            return f"{self.name} (pinned)"
-        times = [
-            f"{name} {1e3 * s:.2f} ms" for name, s in sorted(self.seconds.items(), key=lambda item: item[1])
-        ]
-        return "; ".join([self.name, *times, *(f"no {name}: {why}" for name, why in self.refused.items())])
 
 
 # plain globals, which torch.compile guards on: a choice made later is seen by compiled code
@@ -211,27 +192,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _probe(device: torch.device, dtype: torch.dtype, K: int) -> Choice:
-    """Choose the first of CANDIDATES that is right and, but for noise, fastest.
-
-    Raises RuntimeError, with all reasons, if none is right.
-    """
-    seconds: dict[str, float] = {}
-    refused: dict[str, str] = {}
-    # the first call may come from under no_grad, inference_mode or autocast
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        for name in CANDIDATES:
-            with warnings.catch_warnings(record=True) as said:
-                warnings.simplefilter("always")
-                try:
-                    _check_values(IMPLEMENTATIONS[name], device, dtype, K)
-                    seconds[name] = _seconds(IMPLEMENTATIONS[name], _random(PROBE, device, dtype, K))
-                except REFUSALS as e:
-                    reasons = [str(e) or type(e).__name__, *(str(warning.message) for warning in said)]
-                    refused[name] = "; ".join(reason.splitlines()[0] for reason in reasons)
-    if not seconds:
-        raise RuntimeError(f"no attention for {dtype}, head dim {K} on {device}: {refused}")
-    fastest = min(seconds.values())
-    return Choice(next(name for name, s in seconds.items() if s <= NEAR * fastest), seconds, refused)
+    """Choose of CANDIDATES by trial; RuntimeError, with all reasons, if none is right."""
+    return trial.choose(
+        f"attention for {dtype}, head dim {K}",
+        device,
+        {name: IMPLEMENTATIONS[name] for name in CANDIDATES},
+        partial(_check_values, device=device, dtype=dtype, K=K),
+        lambda run: _seconds(run, _random(PROBE, device, dtype, K)),
+    )
 
 
 def _random(sizes: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype, K: int) -> Inputs:
@@ -244,12 +212,6 @@ def _random(sizes: tuple[int, int, int, int], device: torch.device, dtype: torch
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout
 
 
-def _values(run: Implementation, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
-    """Return [out, dq, dk, dv]."""
-    out = run(q, k, v)
-    return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
-
-
 def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = torch.einsum("blnk,bmnk->bnlm", q, k) * q.shape[-1] ** -0.5
     return torch.einsum("bnlm,bmnk->blnk", torch.softmax(scores, dim=-1), v)
@@ -257,40 +219,17 @@ def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _check_values(run: Implementation, device: torch.device, dtype: torch.dtype, K: int) -> None:
     """Raise RuntimeError for errors of more than 4 times the rounding of the plain composition."""
-    inputs = _random(SAMPLE, device, dtype, K)
-    q, k, v, dout = (x.detach().double() for x in inputs)
-    exact = _values(_plain, q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout)
-    results = zip(
-        ("out", "dq", "dk", "dv"), exact, _values(_plain, *inputs), _values(run, *inputs), strict=True
+    *inputs, dout = _random(SAMPLE, device, dtype, K)
+    double = [x.detach().double().requires_grad_() for x in inputs]
+    trial.hold(
+        ("out", "dq", "dk", "dv"),
+        trial.values(_plain, double, dout.double()),
+        trial.values(_plain, inputs, dout),
+        trial.values(run, inputs, dout),
     )
-    for name, true, plain, ours in results:
-        error, limit = _error(ours, true), 4 * _error(plain, true) + 1e-12
-        if not error <= limit:
-            raise RuntimeError(
-                f"wrong {name}: relative error {error:.1e}, of the plain composition {limit / 4:.1e}"
-            )
 
 
-def _error(x: Tensor, exact: Tensor) -> float:
-    return ((x.double() - exact).norm() / exact.norm()).item()
-
-
-def _seconds(run: Implementation, inputs: Inputs, calls: int = 10, rounds: int = 5) -> float:
-    """Return the median seconds of a forward and backward.
-
-    Several calls are queued at once, so that the host is not measured.
-    """
-    device = inputs[0].device
-
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    times = []
-    for _ in range(1 + rounds):  # the first warms up
-        start = now()
-        for _ in range(calls):
-            _values(run, *inputs)
-        times.append((now() - start) / calls)
-    return statistics.median(times[1:])
+def _seconds(run: Implementation, inputs: Inputs) -> float:
+    """Return the median seconds of a forward and backward."""
+    *tokens, dout = inputs
+    return trial.median_seconds(lambda: trial.values(run, tokens, dout), dout.device)

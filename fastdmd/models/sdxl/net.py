@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from fastdmd.batch import Cond
 from fastdmd.models.lora import base_of
 from fastdmd.models.net import PLAIN, Call, Checkpointing, Net, Out
+from fastdmd.models.norm import GroupNorm, replace_group_norms
 from fastdmd.models.recompute import recompute
 from fastdmd.schedule import wide
+from fastdmd_kernels.norm import prepare as prepare_norm
 
 UP = {"DownBlock2D": "UpBlock2D", "CrossAttnDownBlock2D": "CrossAttnUpBlock2D"}
 # keys of diffusers' config.json that fastdmd's SDXL fixes, with the value it has
@@ -162,6 +164,7 @@ class SDXL(Net):
         super().__init__()
         self.config = config
         self.unet: Any = UNet2DConditionModel(**config.keys())
+        replace_group_norms(self.unet)
         widths = config.block_out_channels
         self.widths = *widths, widths[-1], *reversed(widths)
         # hooks that stay: a compiler cannot follow one that comes and goes with a call
@@ -200,6 +203,14 @@ class SDXL(Net):
             yield
         finally:
             self.acting[:] = before
+
+    def prepare(
+        self, shape: Sequence[int], device: torch.device, dtype: torch.dtype, dense: bool = False
+    ) -> None:
+        """Choose the norms."""
+        for module in self.unet.modules():
+            if isinstance(module, GroupNorm):
+                prepare_norm("group_norm", device, dtype, (module.num_channels, module.num_groups))
 
     @torch.no_grad()
     def start_from_scratch(self) -> Self:

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from fastdmd.models.attention import Attention as SelfAttention
 from fastdmd.models.attention import Dense, Sparse
 from fastdmd.models.lora import base_of, linear
+from fastdmd.models.norm import LayerNorm, RMSNorm
 from fastdmd.models.recompute import keep_self_attention, recompute
 from fastdmd.schedule import wide
+from fastdmd_kernels import norm
 from fastdmd_kernels.tiles import Grid, Tiles
 
 DENSE = Dense()
@@ -66,7 +68,7 @@ class WanConfig:
 
 
 def layer_norm(x: Tensor, eps: float) -> Tensor:
-    return nnf.layer_norm(x.float(), x.shape[-1:], eps=eps)
+    return norm.layer_norm(x.float(), eps)
 
 
 def rope_table(grid: Grid, K: int, tiles: Tiles | None, device: torch.device) -> Tensor:
@@ -150,7 +152,7 @@ class Attention(nn.Module):
         self.to_q, self.to_k, self.to_v = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
         self.to_out = nn.ModuleList([nn.Linear(D, D)])
         # over the whole width, not per head
-        self.norm_q, self.norm_k = nn.RMSNorm(D, eps=config.eps), nn.RMSNorm(D, eps=config.eps)
+        self.norm_q, self.norm_k = RMSNorm(D, eps=config.eps), RMSNorm(D, eps=config.eps)
         if gated:  # of the coarse branch; zero, so that at sparsity 0 it is dense attention
             self.to_gate_compress = nn.Linear(D, D)
             nn.init.zeros_(self.to_gate_compress.weight)
@@ -215,7 +217,7 @@ class Block(nn.Module):
         self.attn1 = Attention(config, gated)
         self.attn2 = Attention(config)
         self.ffn = FeedForward(config)
-        self.norm2 = nn.LayerNorm(D, eps=config.eps) if config.cross_attn_norm else nn.Identity()
+        self.norm2 = LayerNorm(D, eps=config.eps) if config.cross_attn_norm else nn.Identity()
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, D) / D**0.5)
         self.selective = False  # whether the backward finds self-attention kept, and all else computed anew
 

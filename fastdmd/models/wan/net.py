@@ -22,7 +22,8 @@ from fastdmd.models.net import PLAIN, Call, Checkpointing, Net, Out
 from fastdmd.models.walk import run_block
 from fastdmd.models.wan.layers import DENSE, Block, ConditionEmbedder, WanConfig, layer_norm, rope_table
 from fastdmd_kernels import topk_for
-from fastdmd_kernels.attention import prepare
+from fastdmd_kernels.attention import prepare as prepare_attention
+from fastdmd_kernels.norm import prepare as prepare_norm
 from fastdmd_kernels.tiles import Grid, Tiles
 
 
@@ -97,10 +98,12 @@ class Wan(Net):
     def prepare(
         self, shape: Sequence[int], device: torch.device, dtype: torch.dtype, dense: bool = False
     ) -> None:
-        """Make the tables of latents [B, C, T, H, W], and choose the dense attention."""
+        """Make the tables of latents [B, C, T, H, W], and choose the dense attention and the norms."""
         for is_tiled in {self.tile is not None, self.tile is not None and not dense}:
             self.geometry(self.grid(shape), device, is_tiled)
-        prepare(device, dtype, self.config.attention_head_dim)
+        prepare_attention(device, dtype, self.config.attention_head_dim)
+        prepare_norm("rms_norm", device, dtype, (self.config.width,))
+        prepare_norm("layer_norm", device, torch.float32, (self.config.width,))
 
     def geometry(self, grid: Grid, device: torch.device, is_tiled: bool) -> Geometry:
         """Return the tables of a token grid in tile or raster order; they are made when first asked for."""
