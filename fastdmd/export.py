@@ -9,6 +9,7 @@ from fastdmd.config import Config
 from fastdmd.files import is_in, written_beside
 from fastdmd.models import component
 from fastdmd.models.lora import export_lora, merged
+from fastdmd.models.lowbit import is_code
 from fastdmd.resume import config_of, not_finite, restored, shortened
 
 RUN = "run.output_dir"
@@ -47,7 +48,8 @@ def export_student(
     adapters = config.role_lora("student")
     if adapters:
         # in bf16 W + B A would lose what is under W / 256 of B A
-        net.float()
+        for name, p in net.named_parameters():
+            p.data = p.data if is_code(name) else p.data.float()
         for name, value in learned.items():
             student.trainable[name].data.copy_(value)
         weights = merged(net, "student")

@@ -21,6 +21,7 @@ from fastdmd.models import lora
 from fastdmd.models.component import Weights, read_into
 from fastdmd.models.family import Options
 from fastdmd.models.lora import LoraConfig
+from fastdmd.models.lowbit import make_low_bit
 from fastdmd.models.net import Net, cast
 from fastdmd.models.offload import Offload
 from fastdmd.models.stream import Stream, streamed_names
@@ -174,6 +175,8 @@ def make_net(
         for role in roles:
             add_adapters(config, net, role)
     weights = without_gates(config, net, weights)
+    if config.precision.frozen != "compute" and not any(role.owns_network for role in roles):
+        make_low_bit(net.blocks, config.precision.frozen, family.is_small)
     masters: dict[str, Tensor] = {}
     if weights is None:
         cast(net, place.dtype)

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from fastdmd import checkpoint
+from fastdmd import capture, checkpoint, precision
 from fastdmd import config as configs
 from fastdmd.batch import Batch
-from fastdmd.capture import notice
 from fastdmd.config import Config
 from fastdmd.device import pick_device
 from fastdmd.evaluation.evaluate import finish, validate_step
@@ -84,8 +83,9 @@ def start(config: Config, folder: Path, force: bool = False) -> Run:
     device = pick_device(config.run.device)
     if device.type == "cuda":
         config = preflight(config, *gpu_of(device), force)
-    if line := notice(config.compile, device):
-        print(line, file=sys.stderr)
+    for line in (capture.notice(config.compile, device), precision.notice(config.precision, device)):
+        if line is not None:
+            print(line, file=sys.stderr)
     run = build(config)
     for line in run.method.warnings():
         print(f"warning: {line}", file=sys.stderr)

@@ -120,6 +120,17 @@ def problems_of_memory(config: Config) -> Problems:
         )
 
 
+def problems_of_precision(config: Config) -> Problems:
+    """Yield what of [precision] has no effect."""
+    roles = config.method.roles.items()
+    shared = [role for role, how in roles if how == "frozen" or config.role_lora(role)]
+    if config.precision.frozen != "compute" and not shared:
+        yield (
+            "precision.frozen",
+            "every network is trained whole; set student.train = 'lora', or remove the key",
+        )
+
+
 def _check_compile(config: Config) -> Problems:
     memory, rollout = config.memory, config.rollout or RolloutConfig()
     if config.compile.mode != "step":
@@ -310,6 +321,7 @@ CHECKS: dict[Callable[[Config], Problems], set[str]] = {  # by the tables that e
     _check_schedule: {"method", "model", "schedule"},
     _check_options: {"method", "model", "vsa", "rollout"},
     problems_of_memory: {"method", "model", "student", "critic", "lora", "memory"},
+    problems_of_precision: {"method", "student", "critic", "lora", "precision"},
     _check_compile: {"method", "model", "student", "critic", "lora", "memory", "rollout", "compile"},
     _check_folders: {"method", "model", "student", "teacher", "critic"},
     _check_lora: {"student", "critic", "lora"},

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastdmd.models.lora import clean, set_parameter
+from fastdmd.models.lowbit import PACKED, LowBitLinear
 from fastdmd.models.net import Net
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -162,13 +163,17 @@ def read_into(
     """
     names: dict[str, list[str]] = {}
     for name, _ in net.named_parameters():
-        names.setdefault(clean(name), []).append(name)
+        names.setdefault(clean(name).replace(f".{PACKED}", ".weight"), []).append(name)
     masters: dict[str, Tensor] = {}
     for name, value in weights:
         as_cast = torch.float32 if net.keeps_float32(name) else dtype
         for there in names[name]:
-            # a copy: tensors read on the CPU are views of the file, which may be written over during a run
+            owner = net.get_submodule(there.rpartition(".")[0])
             where = torch.device("cpu") if there in host else device
+            if isinstance(owner, LowBitLinear) and there.endswith(PACKED):
+                owner.load(value, where)
+                continue
+            # a copy: tensors read on the CPU are views of the file, which may be written over during a run
             set_parameter(net, there, value.to(where, as_cast, copy=True))
             if there in trained and as_cast != torch.float32:
                 masters[there] = value.to(device, torch.float32, copy=True)

@@ -131,6 +131,10 @@ class Family(ABC, Generic[A, N, S]):
         """Yield the options that it has no network for, with the reason and the remedy."""
         yield from ()
 
+    def is_small(self, name: str) -> bool:
+        """Return whether a linear layer of a block is too small, or too dear, for one byte a weight."""
+        return self.gate is not None and name.endswith(self.gate)
+
     def refuses_memory(self, memory: Any) -> Problems:
         """Yield the keys of [memory] that its networks have no form for, with the remedy."""
         yield from ()

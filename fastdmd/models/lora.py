@@ -154,6 +154,11 @@ def clean(name: str) -> str:
     return INSIDE.sub("", name)
 
 
+def is_own(name: str) -> bool:
+    """Return whether a parameter is a role's own: of its adapters, or of its copy of a module."""
+    return any(mark in name for mark in (".lora_A.", ".lora_B.", ".own."))
+
+
 def own_names(net: nn.Module, role: str) -> dict[str, str]:
     """Return the names in a network of the parameters that a role owns, by their names without it."""
     mark = re.compile(rf"\.(lora_A|lora_B|own)\.{role}\.")
@@ -230,11 +235,13 @@ def merged(net: nn.Module, role: str) -> dict[str, Tensor]:
     """
     from peft.tuners.lora import LoraLayer
 
-    weights = {
-        clean(name): p.detach().clone()
-        for name, p in net.named_parameters()
-        if not any(mark in name for mark in (".lora_A.", ".lora_B.", ".own."))
-    }
+    weights = {clean(name): p.detach().clone() for name, p in net.named_parameters() if not is_own(name)}
+    for name, layer in modules_of(net):
+        if hasattr(layer, "packed"):  # of one byte a weight: what it computes with
+            for part in ("packed", "scale"):
+                del weights[f"{clean(name)}.{part}"]
+            low: Any = layer
+            weights[f"{clean(name)}.weight"] = low.weight.detach()
     for name, p in own_parameters(net, role).items():
         if ".lora_" not in name:
             weights[name] = p.detach().clone()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastdmd.batch import Cond
 from fastdmd.models.attention import Attention
+from fastdmd.models.lowbit import is_code
 from fastdmd.models.offload import Offload
 from fastdmd.models.stream import Stream
 
@@ -143,7 +144,7 @@ def cast(net: Net, dtype: torch.dtype) -> dict[str, Tensor]:
     """
     masters: dict[str, Tensor] = {}
     for name, parameter in net.named_parameters():
-        if dtype != torch.float32 and not net.keeps_float32(name):
+        if dtype != torch.float32 and not net.keeps_float32(name) and not is_code(name):
             masters[name] = parameter.detach().float()
             parameter.data = parameter.data.to(dtype)
     return masters

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdmd.models.lora import is_own
+
 ALIGN = 256  # bytes
 SLOTS = 2
 
@@ -81,11 +83,6 @@ class Stream:
         """Let a block's parameters be views of a buffer. Autograd saves the parameters themselves."""
         for (first, last), p in zip(self.places, self.parameters[index], strict=True):
             p.data = buffer[first:last].view(p.dtype).view(p.shape)
-
-
-def is_own(name: str) -> bool:
-    """Return whether a parameter is a role's own: of its adapters, or of its copy of a module."""
-    return any(mark in name for mark in (".lora_A.", ".lora_B.", ".own."))
 
 
 def streamed_names(net: Any) -> set[str]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from fastdmd.config import Config
-from fastdmd.config.checks import problems_of_memory
+from fastdmd.config.checks import problems_of_memory, problems_of_precision
 from fastdmd.config.toml import to_toml
 from fastdmd.plan.estimate import Plan, make_plan
 from fastdmd.plan.gpus import GPU
@@ -35,6 +35,10 @@ def levers(config: Config) -> Iterator[tuple[str, Config]]:
         if memory != config.memory and allowed(config, changed):
             config = changed
             yield f"memory.{key} = {to_toml(value)}".replace('"', "'"), config
+    low = replace(config, precision=replace(config.precision, frozen="int8"))
+    if config.precision.frozen == "compute" and not list(problems_of_precision(low)):
+        config = low
+        yield "precision.frozen = 'int8'", config
     plain = [role for role, table in config.optim.items() if table.name == "adamw"]
     if plain:
         smaller = {role: replace(config.optim[role], name="adamw8bit") for role in plain}

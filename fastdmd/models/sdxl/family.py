@@ -93,6 +93,10 @@ class SDXLFamily(family.Family[SDXLConfig, SDXL, VPSchedule]):
         if options.causal:
             yield "causal", "blocks are of a video's frames, and SDXL makes images; remove the key"
 
+    def is_small(self, name: str) -> bool:
+        """Return whether a layer embeds the time, which is added to all pixels alike."""
+        return name.endswith("time_emb_proj")
+
     def refuses_memory(self, memory: Any) -> family.Problems:
         """Yield what is for blocks that are alike."""
         if memory.checkpointing == "selective":
