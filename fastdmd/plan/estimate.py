@@ -93,18 +93,15 @@ def heads_count(config: Config, role: Role) -> bool:
 
 def make_plan(config: Config) -> Plan:
     """Plan a run; nothing is loaded but shapes."""
-    uniform = config.rollout is not None and config.rollout.exit == "uniform"
     depths = depths_of(config)
-    done = progress_of(depths, uniform)
-    found = traces(config, depths, done=done)
+    found = traces(config, depths, progress_of(depths))
     phases = {
         name: PhasePlan(phase.peak, phase.by, phase.work, phase.recomputed)
         for name, phase in found.phases.items()
     }
-    if uniform:
+    for name, first in found.first_exit.items():
         # work is linear in the exit step, so the mean is that of both ends
-        for name, phase in traces(config, depths, first_exit=True, done=done).phases.items():
-            phases[name] = replace(phases[name], work=(phases[name].work + phase.work) * 0.5)
+        phases[name] = replace(phases[name], work=(phases[name].work + first) * 0.5)
     # a step's micro-batches are made before it, and each keeps what its phases share
     others = config.run.grad_accum - 1
     peaks = {name: phase.peak + others * phase.by.get("inputs", 0) for name, phase in phases.items()}
@@ -151,11 +148,10 @@ def checkpoint_bytes(config: Config, found: Trace) -> int:
     return 4 * numbers + sum(found.moments.values())
 
 
-def progress_of(depths: Depths | None, uniform: bool) -> Callable[[], None]:
+def progress_of(depths: Depths | None) -> Callable[[], None]:
     """Return what counts a plan's traces and shows them with an ETA, from two seconds on."""
     few = depths is not None and min(depths.values()) > MOST
-    each = 1 + len(set(depths.values())) if depths and few else 1
-    total = each + int(few) + (each if uniform else 0)
+    total = 2 + len(set(depths.values())) if depths and few else 1
     progress, numbers = Progress("planning", total), count(1)
 
     def done() -> None:
@@ -166,29 +162,24 @@ def progress_of(depths: Depths | None, uniform: bool) -> Callable[[], None]:
     return done
 
 
-def traces(
-    config: Config,
-    depths: Depths | None,
-    first_exit: bool = False,
-    done: Callable[[], None] = lambda: None,
-) -> Trace:
+def traces(config: Config, depths: Depths | None, done: Callable[[], None] = lambda: None) -> Trace:
     """Return the trace of all blocks, from those of a few where that is exact.
 
     Networks of one depth grow together, by a block; those of another one apart. depths: of `depths_of`.
     """
     if depths is None or min(depths.values()) <= MOST:
-        return counted(trace(config, None, first_exit), done)
-    base = counted(trace(config, dict.fromkeys(depths, LEAST), first_exit), done)
+        return counted(trace(config, None), done)
+    base = counted(trace(config, dict.fromkeys(depths, LEAST)), done)
     kinds = sorted(set(depths.values()))
     more: dict[int, Trace] = {}
     for depth in kinds:
         blocks = {name: LEAST + int(n == depth) for name, n in depths.items()}
-        more[depth] = counted(trace(config, blocks, first_exit), done)
-    if not first_exit:  # is it a line?
-        further = counted(trace(config, dict.fromkeys(depths, MOST)), done)
-        guess = extended(base, more, dict.fromkeys(kinds, MOST - LEAST))
-        if any(phase.peak != guess.phases[name].peak for name, phase in further.phases.items()):
-            return trace(config, None)
+        more[depth] = counted(trace(config, blocks), done)
+    # is it a line?
+    further = counted(trace(config, dict.fromkeys(depths, MOST), both_ends=False), done)
+    guess = extended(base, more, dict.fromkeys(kinds, MOST - LEAST))
+    if any(phase.peak != guess.phases[name].peak for name, phase in further.phases.items()):
+        return trace(config, None)
     return extended(base, more, {depth: depth - LEAST for depth in kinds})
 
 
@@ -225,9 +216,10 @@ def extended(base: Trace, more: Mapping[int, Trace], blocks: Mapping[int, int]) 
         for name in base.phases
     }
     return Trace(
-        phases,
-        each(lambda one: one.fixed),
-        each(lambda one: one.parameters),
-        each(lambda one: one.trained),
-        each(lambda one: one.moments),
+        phases=phases,
+        fixed=each(lambda one: one.fixed),
+        parameters=each(lambda one: one.parameters),
+        trained=each(lambda one: one.trained),
+        moments=each(lambda one: one.moments),
+        first_exit={name: line(lambda one, name=name: one.first_exit[name]) for name in base.first_exit},
     )

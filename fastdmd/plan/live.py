@@ -4,6 +4,7 @@ Tensors of the meta device count as they would on a GPU; tensors with values cou
 plan against a real step.
 """
 
+import gc
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -12,9 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch._dynamo  # checkpoints do, and a first import keeps the frames around it, with their tensors
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastdmd.plan.known import KNOWN, Known, call_key, how_again
 from fastdmd.plan.work import AGAIN, Work, work_of
 
 ROUND = 512  # bytes: what CUDA's caching allocator rounds a tensor up to
@@ -54,6 +57,11 @@ class Live(TorchDispatchMode):
         self.kind: str | None = None  # what is made is for, where that is said
         self.keeps = False  # whether the call in progress keeps a graph
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Return False: PyTorch wraps the dispatch of other modes, at a fifth of its time."""
+        return False
+
     def begin(self, name: str) -> None:
         """Begin a phase, or go on with it."""
         self.phase = self.phases.setdefault(name, Phase())
@@ -63,6 +71,14 @@ class Live(TorchDispatchMode):
         """Take the bytes of this moment as the phase's peak, where there are more."""
         if self.total > self.phase.peak:
             self.phase.peak, self.phase.by = self.total, Counter(self.by)
+
+    def include(self, inside: Phase, total: int, by: Counter[str]) -> None:
+        """Take in what was traced apart, of bytes above those of a moment: `total`, `by` kind."""
+        if total + inside.peak > self.phase.peak:
+            self.phase.peak = total + inside.peak
+            self.phase.by = Counter(by)
+            self.phase.by.update(inside.by)
+        self.phase.work.add(inside.work)
 
     def before(self, grad_enabled: bool) -> None:
         """Note whether a call keeps a graph, from outside of it."""
@@ -94,8 +110,10 @@ class Live(TorchDispatchMode):
         """Count a tensor's storage, if it is new."""
         storage = tensor.untyped_storage()
         key = storage._cdata
+        if key in self.held:
+            return
         size = -(-storage.nbytes() // ROUND) * ROUND
-        if key in self.held or not size:
+        if not size:
             return
         held = Held(size, kind)
 
@@ -118,18 +136,30 @@ class Live(TorchDispatchMode):
         return GRAPH if self.keeps and not in_backward() else WORKING
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        outputs = self.tensors((out,))
-        if outputs:
-            kind = self.made()
-            for tensor in outputs:
-                self.add(tensor, kind)
-            inputs = self.tensors(args)
-            work = work_of(func, args, kwargs or {}, out, inputs, outputs)
-            self.phase.work += work
-            if in_backward() and (torch.is_grad_enabled() or func.overloadpacket in AGAIN):
-                self.phase.recomputed += work
+        with torch._C.DisableTorchFunction():  # `Fused` sees no shape that is read here
+            out, work = self.call(func, args, kwargs or {})
+            outputs = self.tensors((out,))
+            if outputs:
+                kind = self.made()
+                for tensor in outputs:
+                    self.add(tensor, kind)
+                self.phase.work.add(work)
+                if in_backward() and (torch.is_grad_enabled() or func.overloadpacket in AGAIN):
+                    self.phase.recomputed.add(work)
         return out
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Work]:
+        """Return what an op returns, and its work; the meta device is asked once for the same shapes."""
+        key = call_key(func, args, kwargs) if self.device_type == "meta" else None
+        found = KNOWN.get(key)
+        if found is not None:
+            return found.again(args) if found.again else func(*args, **kwargs), found.work
+        out = func(*args, **kwargs)
+        outputs = self.tensors((out,))
+        work = work_of(func, args, kwargs, out, self.tensors(args), outputs) if outputs else Work()
+        if key is not None:
+            KNOWN[key] = Known(work, how_again(func, args, kwargs, out))
+        return out, work
 
     def counts(self, x: object) -> bool:
         return isinstance(x, Tensor) and x.device.type == self.device_type
@@ -144,6 +174,18 @@ class Live(TorchDispatchMode):
             elif isinstance(value, list | tuple):
                 found += self.tensors(value)
         return found
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Collect no garbage: it takes a fifth of a trace, and would decide by chance when a tensor goes."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def in_backward() -> bool:

@@ -14,9 +14,11 @@ from fastdmd.config import Config
 from fastdmd.denoiser import Denoiser
 from fastdmd.methods import Method
 from fastdmd.methods.method import TRAINABLE, Phases, cycle
+from fastdmd.models.net import Net
 from fastdmd.optim import EMA, MOMENTS, Optimizer, key_of, on_gradient
-from fastdmd.plan.live import Live, Phase
+from fastdmd.plan.live import Live, Phase, uncollected
 from fastdmd.plan.ops import Fused, backward
+from fastdmd.plan.replay import Replayed
 from fastdmd.plan.work import Work
 from fastdmd.roles import Built, Place, Role, build_nets, roles_of
 from fastdmd.warm import MetaRng, empty_cond
@@ -38,6 +40,8 @@ class Trace:
     parameters: Mapping[str, int] = field(default_factory=dict[str, int])  # of each role's network
     trained: Mapping[str, int] = field(default_factory=dict[str, int])  # of those, what learns
     moments: Mapping[str, int] = field(default_factory=dict[str, int])  # bytes of each optimizer's
+    # what a step's first phase computes before its backward where the rollout stops at once
+    first_exit: Mapping[str, Work] = field(default_factory=dict[str, Work])
 
 
 class ExitRng(MetaRng):
@@ -49,22 +53,23 @@ class ExitRng(MetaRng):
         return high - 1 if self.last else 0
 
 
-def trace(config: Config, depths: Depths | None, first_exit: bool = False) -> Trace:
+def trace(config: Config, depths: Depths | None, both_ends: bool = True) -> Trace:
     """Trace every kind of step of a cycle.
 
     Its draws are the dearest: a rollout walks to its last step.
 
-    Args: depths, of the blocks that are alike, by role (None: all); first_exit, to trace of each step the
-    first phase's forward alone, whose rollout stops at once.
+    Args: depths, of the blocks that are alike, by role (None: all); both_ends, whether to trace the work of
+    the first exit too, where exits are drawn.
     """
     method, schedule = config.make_method(), config.make_schedule()
     place = Place(torch.device("meta"), config.precision.dtype)
     roles = roles_of(config)
     live, found = Live(), Trace()
-    with Fused(live.before), live:
+    with uncollected(), Fused(live.before), live:
         live.begin("build")
         built = build_nets(config, roles, method, schedule, place, depths)
         nets = {name: each.denoiser for name, each in built.items()}
+        replay(live, nets)
         hold_networks(live, roles, nets)
         optimizers = {name: hold_role(live, config, name, each) for name, each in built.items()}
         trained = {name: optimizer for name, optimizer in optimizers.items() if optimizer}
@@ -79,15 +84,22 @@ def trace(config: Config, depths: Depths | None, first_exit: bool = False) -> Tr
         sparse(config, nets)
         batch = inputs(live, config, nets["student"])
         found.fixed = {kind: size for kind, size in live.by.items() if size}
-        live.phases.clear()
-        for phases in dict.fromkeys(cycle(method)):
-            step(live, config, method, nets, trained, batch, phases, first_exit)
+        found.phases = steps(live, config, method, nets, trained, batch, first_exit=False)
+        if both_ends and config.rollout is not None and config.rollout.exit == "uniform":
+            first = steps(live, config, method, nets, trained, batch, first_exit=True)
+            found.first_exit = {name: phase.work for name, phase in first.items()}
         for optimizer in trained.values():
             for hook in optimizer.hooks:  # from a parameter to its optimizer and back: it would stay
                 hook.remove()
         del ema
-    found.phases = {name: phase for name, phase in live.phases.items() if name}
     return found
+
+
+def replay(live: Live, nets: Mapping[str, Denoiser]) -> None:
+    """Trace each network's calls without gradient once."""
+    for net in {denoiser.net for denoiser in nets.values()}:
+        if isinstance(net, Net):  # and no heads
+            net.forward = Replayed(live, net)
 
 
 def hold_networks(live: Live, roles: Mapping[str, Role], nets: Mapping[str, Denoiser]) -> None:
@@ -148,6 +160,22 @@ def inputs(live: Live, config: Config, student: Denoiser) -> Batch:
         cond, uncond = (replace(each, text=each.text.to(dtype)) for each in (cond, uncond))
         x0 = None if config.data.kind == "prompts" else torch.empty(run.batch_size, *shape)
     return Batch(cond, uncond, shape, x0)
+
+
+def steps(
+    live: Live,
+    config: Config,
+    method: Method,
+    nets: dict[str, Denoiser],
+    optimizers: dict[str, Optimizer],
+    batch: Batch,
+    first_exit: bool,
+) -> dict[str, Phase]:
+    """Take one step of each kind, and return its phases."""
+    live.phases.clear()
+    for phases in dict.fromkeys(cycle(method)):
+        step(live, config, method, nets, optimizers, batch, phases, first_exit)
+    return {name: phase for name, phase in live.phases.items() if name}
 
 
 def step(

@@ -28,6 +28,15 @@ class Work:
     def __add__(self, other: Self) -> "Work":
         return Work(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
+    def add(self, other: "Work") -> None:
+        """Add in place, for every op: `+` takes ten times as long."""
+        self.matmul += other.matmul
+        self.attention += other.attention
+        self.attention_backward += other.attention_backward
+        self.sparse += other.sparse
+        self.sparse_backward += other.sparse_backward
+        self.traffic += other.traffic
+
     def __mul__(self, factor: float) -> "Work":
         return Work(**{f.name: getattr(self, f.name) * factor for f in fields(self)})
 

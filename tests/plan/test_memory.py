@@ -87,11 +87,9 @@ def same(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("form", "first_exit"), [("dmd_full", True), ("dmd_sparse", False), ("dmd_lora_sparse", False)]
-)
-def test_a_few_blocks_give_the_bytes_of_all(tmp_path, form, first_exit, monkeypatch):
-    assert_exact(config_of(tmp_path, form, layers=6), first_exit, monkeypatch)
+@pytest.mark.parametrize("form", ["dmd_full", "dmd_sparse", "dmd_lora_sparse"])
+def test_a_few_blocks_give_the_bytes_of_all(tmp_path, form, monkeypatch):
+    assert_exact(config_of(tmp_path, form, layers=6), monkeypatch)
 
 
 @pytest.mark.slow
@@ -99,7 +97,7 @@ def test_networks_of_several_depths_grow_apart(tmp_path, monkeypatch):
     config_of(tmp_path, "dmd", layers=6)
     write_wan(tmp_path / "teacher", replace(ARCHITECTURE, num_layers=9))
     config = configs.load(tmp_path / "dmd.toml", [*SIZE, f"teacher.path='{tmp_path}/teacher'"])
-    assert_exact(config, False, monkeypatch)
+    assert_exact(config, monkeypatch)
 
 
 @pytest.mark.slow
@@ -109,22 +107,25 @@ def test_an_sdxl_of_many_blocks(tmp_path, monkeypatch):
     with torch.random.fork_rng(devices=[]):
         weights = SDXL(deep).state_dict()
     sdxl_folder.save(tmp_path / "sdxl", deep, weights)
-    assert_exact(config, False, monkeypatch)
+    assert_exact(config, monkeypatch)
 
 
-def assert_exact(config: Config, first_exit: bool, monkeypatch) -> None:
-    whole = trace(config, None, first_exit)
+def assert_exact(config: Config, monkeypatch) -> None:
+    whole = trace(config, None)
     depths = []
     monkeypatch.setattr(
-        "fastdmd.plan.estimate.trace", lambda *given: depths.append(given[1]) or trace(*given)
+        "fastdmd.plan.estimate.trace", lambda *given, **keys: depths.append(given[1]) or trace(*given, **keys)
     )
-    few = traces(config, depths_of(config), first_exit)
+    few = traces(config, depths_of(config))
     assert all(depth is not None and max(depth.values()) <= 4 for depth in depths)
     for name, phase in whole.phases.items():
         assert few.phases[name].peak == phase.peak, name
         assert same(few.phases[name].by, phase.by), name
         assert vars(few.phases[name].work) == pytest.approx(vars(phase.work)), name
         assert vars(few.phases[name].recomputed) == pytest.approx(vars(phase.recomputed)), name
+    assert few.first_exit.keys() == whole.first_exit.keys()
+    for name, work in whole.first_exit.items():
+        assert vars(few.first_exit[name]) == pytest.approx(vars(work)), name
     assert same(few.fixed, whole.fixed)
     assert same(few.parameters, whole.parameters)
     assert same(few.trained, whole.trained)
