@@ -21,6 +21,7 @@ from fastdmd.models.net import Architecture
 from fastdmd.plan.gpus import GPU
 from fastdmd.plan.live import Phase
 from fastdmd.plan.step import Depths, Trace, trace
+from fastdmd.plan.validation import of_validations
 from fastdmd.plan.work import Work
 from fastdmd.roles import Role, read_architecture, roles_of
 
@@ -52,6 +53,7 @@ class Plan:
     by: Mapping[str, int]
     work: Work  # of a cycle
     recomputed: Work
+    validation: Work  # of the whole run
     parameters: Mapping[str, int]
     trained: Mapping[str, int]
     checkpoint: int  # bytes
@@ -117,6 +119,7 @@ def make_plan(config: Config) -> Plan:
         by=by,
         work=of_cycle(config, steps, phases, lambda phase: phase.work),
         recomputed=of_cycle(config, steps, phases, lambda phase: phase.recomputed),
+        validation=of_validations(config, found.samplers),
         parameters=found.parameters,
         trained=found.trained,
         checkpoint=checkpoint_bytes(config, found),
@@ -176,7 +179,7 @@ def traces(config: Config, depths: Depths | None, done: Callable[[], None] = lam
         blocks = {name: LEAST + int(n == depth) for name, n in depths.items()}
         more[depth] = counted(trace(config, blocks), done)
     # is it a line?
-    further = counted(trace(config, dict.fromkeys(depths, MOST), both_ends=False), done)
+    further = counted(trace(config, dict.fromkeys(depths, MOST), peaks_only=True), done)
     guess = extended(base, more, dict.fromkeys(kinds, MOST - LEAST))
     if any(phase.peak != guess.phases[name].peak for name, phase in further.phases.items()):
         return trace(config, None)
@@ -222,4 +225,5 @@ def extended(base: Trace, more: Mapping[int, Trace], blocks: Mapping[int, int]) 
         trained=each(lambda one: one.trained),
         moments=each(lambda one: one.moments),
         first_exit={name: line(lambda one, name=name: one.first_exit[name]) for name in base.first_exit},
+        samplers={name: line(lambda one, name=name: one.samplers[name]) for name in base.samplers},
     )

@@ -36,6 +36,11 @@ def hours(config: Config, plan: Plan, gpu: GPU) -> float:
     return plan.seconds(gpu) * config.run.max_steps / len(plan.cycle) / 3600
 
 
+def validation_hours(plan: Plan, gpu: GPU) -> float:
+    """Return the time of all validations in hours, without what encodes and decodes."""
+    return sum(gpu.seconds(plan.validation).values()) / 3600
+
+
 def lines(config: Config, plan: Plan, name: str, gpu: GPU) -> Iterator[str]:
     """Yield the three lines of a plan: memory, time, and what is learned."""
     verdict = "fits" if plan.fits(gpu) else "does NOT fit"
@@ -49,8 +54,9 @@ def lines(config: Config, plan: Plan, name: str, gpu: GPU) -> Iterator[str]:
     cycle = f"{len(plan.cycle)} step{'s' if len(plan.cycle) > 1 else ''}"
     yield (
         f"time: {plan.seconds(gpu):.3g} s per cycle of {cycle} by derived rates, "
-        f"{hours(config, plan, gpu):.3g} hours in all; most of it {most} "
-        f"({100 * parts[most] / sum(parts.values()):.0f} %), recomputed {100 * again:.0f} % of FLOPs"
+        f"{hours(config, plan, gpu):.3g} hours of training and {validation_hours(plan, gpu):.3g} of "
+        f"validation; most of the training {most} ({100 * parts[most] / sum(parts.values()):.0f} %), "
+        f"recomputed {100 * again:.0f} % of FLOPs"
     )
     counts = ", ".join(f"{count:.0f} of the {role}" for role, count in updates(config, plan).items())
     yield f"updates: {counts}; a checkpoint has {plan.checkpoint / GB:.3g} GB"
@@ -99,6 +105,7 @@ def as_json(config: Config, plan: Plan, name: str, gpu: GPU) -> dict[str, Any]:
         "fits": plan.fits(gpu),
         "seconds_per_cycle": plan.seconds(gpu),
         "gpu_hours": hours(config, plan, gpu),
+        "validation_hours": validation_hours(plan, gpu),
         "by": {kind: size / GB for kind, size in plan.by.items()},
         "phases": {name: phase.peak / GB for name, phase in plan.phases.items()},
         "updates": updates(config, plan),

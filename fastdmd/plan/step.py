@@ -19,6 +19,7 @@ from fastdmd.optim import EMA, MOMENTS, Optimizer, key_of, on_gradient
 from fastdmd.plan.live import Live, Phase, uncollected
 from fastdmd.plan.ops import Fused, backward
 from fastdmd.plan.replay import Replayed
+from fastdmd.plan.validation import sampled
 from fastdmd.plan.work import Work
 from fastdmd.roles import Built, Place, Role, build_nets, roles_of
 from fastdmd.warm import MetaRng, empty_cond
@@ -42,6 +43,7 @@ class Trace:
     moments: Mapping[str, int] = field(default_factory=dict[str, int])  # bytes of each optimizer's
     # what a step's first phase computes before its backward where the rollout stops at once
     first_exit: Mapping[str, Work] = field(default_factory=dict[str, Work])
+    samplers: Mapping[str, Work] = field(default_factory=dict[str, Work])  # of a batch of a validation
 
 
 class ExitRng(MetaRng):
@@ -53,13 +55,13 @@ class ExitRng(MetaRng):
         return high - 1 if self.last else 0
 
 
-def trace(config: Config, depths: Depths | None, both_ends: bool = True) -> Trace:
+def trace(config: Config, depths: Depths | None, peaks_only: bool = False) -> Trace:
     """Trace every kind of step of a cycle.
 
     Its draws are the dearest: a rollout walks to its last step.
 
-    Args: depths, of the blocks that are alike, by role (None: all); both_ends, whether to trace the work of
-    the first exit too, where exits are drawn.
+    Args: depths, of the blocks that are alike, by role (None: all); peaks_only, to leave out the work of
+    the first exit, where exits are drawn, and of validations.
     """
     method, schedule = config.make_method(), config.make_schedule()
     place = Place(torch.device("meta"), config.precision.dtype)
@@ -85,9 +87,11 @@ def trace(config: Config, depths: Depths | None, both_ends: bool = True) -> Trac
         batch = inputs(live, config, nets["student"])
         found.fixed = {kind: size for kind, size in live.by.items() if size}
         found.phases = steps(live, config, method, nets, trained, batch, first_exit=False)
-        if both_ends and config.rollout is not None and config.rollout.exit == "uniform":
-            first = steps(live, config, method, nets, trained, batch, first_exit=True)
-            found.first_exit = {name: phase.work for name, phase in first.items()}
+        if not peaks_only:
+            if config.rollout is not None and config.rollout.exit == "uniform":
+                first = steps(live, config, method, nets, trained, batch, first_exit=True)
+                found.first_exit = {name: phase.work for name, phase in first.items()}
+            found.samplers = sampled(live, config, method, nets, batch)
         for optimizer in trained.values():
             for hook in optimizer.hooks:  # from a parameter to its optimizer and back: it would stay
                 hook.remove()

@@ -12,15 +12,17 @@ from typer.testing import CliRunner
 from fastdmd import config as configs
 from fastdmd.batch import Cond
 from fastdmd.cli import app
+from fastdmd.config import Config
 from fastdmd.hardware import BF16_PEAK
 from fastdmd.models.wan.net import Wan
 from fastdmd.plan import report
-from fastdmd.plan.estimate import make_plan
+from fastdmd.plan.estimate import Plan, make_plan
 from fastdmd.plan.gpus import GPU, GPUS
 from fastdmd.plan.live import Live
 from fastdmd.plan.ops import Fused, backward
 from fastdmd.plan.step import cycle
 from fastdmd.plan.work import Work
+from fastdmd.warm import nets_on_meta
 
 ONE = GPU(
     memory=10**9,
@@ -140,6 +142,25 @@ def test_two_micro_batches_are_twice_the_work(tmp_path):
     assert one.peak < two.peak < 1.2 * one.peak
 
 
+def test_validations_are_the_samplers_forwards(tmp_path):
+    """Of 5 samples at steps 0, 3, 6 and the end, three steps each; the teacher at the end, under guidance."""
+    keys = ["run.max_steps=7", "validation={every=3, samples=5, batch_size=2, teacher_steps=10}"]
+    config = make_config(tmp_path, "dmd", *keys)
+    plan = make_plan(config)
+    net, few = nets_on_meta(config, config.make_method())["student"].net, len(config.make_method().times)
+    forward = net.flops((1, *config.latent_shape()), config.text_tokens())
+    assert plan.validation.flops == pytest.approx(5 * forward * (4 * few + 2 * (10 + few)), rel=1e-3)
+    assert report.validation_hours(plan, ONE) == sum(ONE.seconds(plan.validation).values()) / 3600
+    assert f"and {report.validation_hours(plan, ONE):.3g} of validation; " in page_time(config, plan)
+    alone = make_plan(make_config(tmp_path, "dmd", *keys, "validation.teacher_reference=false"))
+    assert alone.validation.flops == pytest.approx(5 * forward * 4 * few, rel=1e-3)
+
+
+def page_time(config: Config, plan: Plan) -> str:
+    _, time, _ = report.lines(config, plan, "card", ONE)
+    return time
+
+
 def test_adapters_are_apart_and_learn_alone(tmp_path):
     config = make_config(tmp_path, "lcm_lora")
     plan = make_plan(config)
@@ -162,7 +183,7 @@ def test_the_command_needs_a_config_json_alone(tmp_path):
     done = CliRunner().invoke(app, ["plan", str(path), *elsewhere, "--json", "--gpu", "rtx4090"])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
-    assert {"peak_gb", "fits", "seconds_per_cycle", "gpu_hours", "by"} <= set(found)
+    assert {"peak_gb", "fits", "seconds_per_cycle", "gpu_hours", "validation_hours", "by"} <= set(found)
     assert found["fits"]
     assert sum(found["by"].values()) == pytest.approx(found["peak_gb"])
     assert max(found["phases"].values()) == pytest.approx(found["peak_gb"])
