@@ -170,14 +170,15 @@ def plan(
 
         loaded, card = configs.load(config, overrides or (), elsewhere=True), gpu_named(gpu)
         made = make_plan(loaded)
+        if not as_json:
+            print(report.page(loaded, made, gpu, card), flush=True)  # before the plan of one sample more
+        room = largest_batch(loaded, made, card)
         if as_json:
-            print(json.dumps(report.as_json(loaded, made, gpu, card), indent=1))
+            print(json.dumps(report.as_json(loaded, made, gpu, card, room), indent=1))
+        elif room:
+            print(report.room_line(loaded, room))
         else:
-            print(report.page(loaded, made, gpu, card))
-            if made.fits(card):
-                print(f"largest micro-batch that fits: {largest_batch(loaded, made, card)}")
-            else:
-                print(*remedies(loaded, made, card), sep="\n")
+            print(*remedies(loaded, made, card), sep="\n")
 
 
 @app.command()

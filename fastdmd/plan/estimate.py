@@ -93,10 +93,10 @@ def heads_count(config: Config, role: Role) -> bool:
     return len(few[0].widths) != len(few[1].widths)
 
 
-def make_plan(config: Config) -> Plan:
-    """Plan a run; nothing is loaded but shapes."""
+def make_plan(config: Config, check: bool = True) -> Plan:
+    """Plan a run; nothing is loaded but shapes. check: as of `traces`."""
     depths = depths_of(config)
-    found = traces(config, depths, progress_of(depths))
+    found = traces(config, depths, progress_of(depths, check), check)
     phases = {
         name: PhasePlan(phase.peak, phase.by, phase.work, phase.recomputed)
         for name, phase in found.phases.items()
@@ -104,12 +104,10 @@ def make_plan(config: Config) -> Plan:
     for name, first in found.first_exit.items():
         # work is linear in the exit step, so the mean is that of both ends
         phases[name] = replace(phases[name], work=(phases[name].work + first) * 0.5)
-    # a step's micro-batches are made before it, and each keeps what its phases share
-    others = config.run.grad_accum - 1
-    peaks = {name: phase.peak + others * phase.by.get("inputs", 0) for name, phase in phases.items()}
+    peaks = peaks_of(config, phases)
     where = max(peaks, key=lambda name: peaks[name])
     by = Counter(phases[where].by)
-    by["inputs"] += others * by["inputs"]
+    by["inputs"] += (config.run.grad_accum - 1) * by["inputs"]
     steps = cycle(config.make_method())
     return Plan(
         phases=phases,
@@ -124,6 +122,12 @@ def make_plan(config: Config) -> Plan:
         trained=found.trained,
         checkpoint=checkpoint_bytes(config, found),
     )
+
+
+def peaks_of(config: Config, phases: Mapping[str, PhasePlan]) -> dict[str, int]:
+    """Return each phase's peak with what all micro-batches of a step share, as they are made before it."""
+    others = config.run.grad_accum - 1
+    return {name: phase.peak + others * phase.by.get("inputs", 0) for name, phase in phases.items()}
 
 
 def of_cycle(
@@ -151,10 +155,10 @@ def checkpoint_bytes(config: Config, found: Trace) -> int:
     return 4 * numbers + sum(found.moments.values())
 
 
-def progress_of(depths: Depths | None) -> Callable[[], None]:
+def progress_of(depths: Depths | None, check: bool) -> Callable[[], None]:
     """Return what counts a plan's traces and shows them with an ETA, from two seconds on."""
     few = depths is not None and min(depths.values()) > MOST
-    total = 2 + len(set(depths.values())) if depths and few else 1
+    total = 1 + int(check) + len(set(depths.values())) if depths and few else 1
     progress, numbers = Progress("planning", total), count(1)
 
     def done() -> None:
@@ -165,10 +169,14 @@ def progress_of(depths: Depths | None) -> Callable[[], None]:
     return done
 
 
-def traces(config: Config, depths: Depths | None, done: Callable[[], None] = lambda: None) -> Trace:
+def traces(
+    config: Config, depths: Depths | None, done: Callable[[], None] = lambda: None, check: bool = True
+) -> Trace:
     """Return the trace of all blocks, from those of a few where that is exact.
 
-    Networks of one depth grow together, by a block; those of another one apart. depths: of `depths_of`.
+    Networks of one depth grow together, by a block; those of another one apart.
+
+    Args: depths, of `depths_of`; check, whether to trace four blocks too, and all where those are no line.
     """
     if depths is None or min(depths.values()) <= MOST:
         return counted(trace(config, None), done)
@@ -178,12 +186,14 @@ def traces(config: Config, depths: Depths | None, done: Callable[[], None] = lam
     for depth in kinds:
         blocks = {name: LEAST + int(n == depth) for name, n in depths.items()}
         more[depth] = counted(trace(config, blocks), done)
-    # is it a line?
+    whole = extended(base, more, {depth: depth - LEAST for depth in kinds})
+    if not check:
+        return whole
     further = counted(trace(config, dict.fromkeys(depths, MOST), peaks_only=True), done)
     guess = extended(base, more, dict.fromkeys(kinds, MOST - LEAST))
     if any(phase.peak != guess.phases[name].peak for name, phase in further.phases.items()):
         return trace(config, None)
-    return extended(base, more, {depth: depth - LEAST for depth in kinds})
+    return whole
 
 
 def counted(found: Trace, done: Callable[[], None]) -> Trace:

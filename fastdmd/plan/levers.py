@@ -1,12 +1,12 @@
 """What would make a run smaller, cheapest first, and what each saves."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from fastdmd.config import Config
 from fastdmd.config.checks import problems_of_memory, problems_of_precision
 from fastdmd.config.toml import to_toml
-from fastdmd.plan.estimate import Plan, make_plan
+from fastdmd.plan.estimate import MARGIN, RESERVE, Plan, make_plan, peaks_of
 from fastdmd.plan.gpus import GPU
 
 
@@ -73,10 +73,28 @@ def remedies(config: Config, plan: Plan, gpu: GPU) -> Iterator[str]:
     )
 
 
-def largest_batch(config: Config, plan: Plan, gpu: GPU) -> int:
-    """Return the largest micro-batch that fits; each sample more takes what the next one does."""
-    size = config.run.batch_size
-    more = make_plan(replace(config, run=replace(config.run, batch_size=size + 1)))
+@dataclass(frozen=True)
+class Room:
+    """The largest micro-batch that fits, and what share of a sample's time it saves."""
+
+    batch_size: int
+    gain: float
+
+
+def largest_batch(config: Config, plan: Plan, gpu: GPU) -> Room | None:
+    """Return the largest micro-batch of a run that fits; None where not even its own does.
+
+    From a plan of one sample more: bytes of a phase and work are linear in the samples. What does not grow
+    with them is the optimizer's traffic and that of weights and gradients; reading weights for products is
+    not in the rates.
+    """
     if not plan.fits(gpu):
-        return 0
-    return size + (gpu.memory - plan.need) // max(more.need - plan.need, 1)
+        return None
+    size = config.run.batch_size
+    more = make_plan(replace(config, run=replace(config.run, batch_size=size + 1)), check=False)
+    now, then = peaks_of(config, plan.phases), peaks_of(config, more.phases)
+    room = (gpu.memory - RESERVE) / MARGIN
+    largest = size + min(int((room - now[name]) // max(then[name] - now[name], 1)) for name in now)
+    sample = more.seconds(gpu) - plan.seconds(gpu)
+    fixed = plan.seconds(gpu) - size * sample
+    return Room(largest, 1 - (sample + fixed / largest) / (sample + fixed / size))

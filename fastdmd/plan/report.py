@@ -9,8 +9,10 @@ from typing import Any
 from fastdmd.config import Config
 from fastdmd.plan.estimate import Plan
 from fastdmd.plan.gpus import GPU
+from fastdmd.plan.levers import Room
 
 GB = 1e9
+LITTLE = 0.0005  # share of a time, below which nothing is gained
 BALANCE = (0.5, 5.0)  # of the critic's learning to the student's, outside of which a plan warns
 
 
@@ -96,7 +98,18 @@ def table(plan: Plan) -> Iterator[str]:
         yield f"  {name.ljust(width)}  {phase.peak / GB:8.2f} GB  {phase.work.flops / 1e12:10.1f} TFLOP"
 
 
-def as_json(config: Config, plan: Plan, name: str, gpu: GPU) -> dict[str, Any]:
+def room_line(config: Config, room: Room) -> str:
+    """Return what a larger micro-batch is worth."""
+    if room.batch_size == config.run.batch_size:
+        return f"run.batch_size = {room.batch_size} is the largest that fits"
+    worth = f"{100 * room.gain:.1f} % less time" if room.gain >= LITTLE else "as long"
+    return (
+        f"run.batch_size up to {room.batch_size} fits; at {room.batch_size} a sample takes {worth} "
+        "by derived rates, which leave out how well small products fill a GPU"
+    )
+
+
+def as_json(config: Config, plan: Plan, name: str, gpu: GPU, room: Room | None = None) -> dict[str, Any]:
     """Return a plan as numbers, sizes in GB (1e9 bytes)."""
     return {
         "gpu": name,
@@ -112,6 +125,7 @@ def as_json(config: Config, plan: Plan, name: str, gpu: GPU) -> dict[str, Any]:
         "k": balance(config, plan),
         "checkpoint_gb": plan.checkpoint / GB,
         "parameters": dict(plan.parameters),
+        **({"largest_batch": room.batch_size, "largest_batch_gain": room.gain} if room else {}),
     }
 
 

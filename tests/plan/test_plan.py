@@ -189,6 +189,9 @@ def test_the_command_needs_a_config_json_alone(tmp_path):
     assert max(found["phases"].values()) == pytest.approx(found["peak_gb"])
     shown = CliRunner().invoke(app, ["plan", str(path), *elsewhere])
     assert "and h100 has 85.5: fits" in shown.stdout
+    assert f"\nrun.batch_size up to {found['largest_batch']} fits" not in shown.stdout  # of another card
+    assert "\nrun.batch_size up to " in shown.stdout
+    assert 0 < found["largest_batch_gain"] < 1
     assert "kept graph" in shown.stdout
     for arguments, message in (
         (["--gpu", "h300"], "--gpu 'h300' is not one of a100, b200"),

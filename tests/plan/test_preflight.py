@@ -12,13 +12,15 @@ from typer.testing import CliRunner
 
 from fastdmd import train
 from fastdmd.cli import app
-from fastdmd.plan import estimate
-from fastdmd.plan.estimate import make_plan
-from fastdmd.plan.gpus import GPUS, NAMES
+from fastdmd.config import Config
+from fastdmd.plan import estimate, report
+from fastdmd.plan.estimate import Plan, make_plan
+from fastdmd.plan.gpus import GPU, GPUS, NAMES
 from fastdmd.plan.levers import in_two_calls, largest_batch, levers, remedies
 from fastdmd.plan.preflight import gpu_of, planned_gb, preflight
 
 H100 = GPUS["h100"]
+RECOMPUTED = ("data.resolution=[16, 16]", "run.batch_size=1", "memory.checkpointing='full'")
 SHORT = ("run.max_steps=1", "validation.teacher_reference=false")
 
 
@@ -98,10 +100,47 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not(tmp_path):
     """Small tensors are rounded up to 512 bytes, so that a sample takes not quite what the next one does."""
     config = make_config(tmp_path, "dmd", "data.resolution=[24, 24]")
     plan = make_plan(config)
-    of_five = make_plan(replace(config, run=replace(config.run, batch_size=5)))
-    assert largest_batch(config, plan, card(of_five.need + 50_000)) == 5
-    assert largest_batch(config, plan, card(of_five.need - 200_000)) == 4
-    assert largest_batch(config, plan, card(plan.need - 1)) == 0
+    of_five = plan_of(config, 5)
+    assert largest(config, plan, card(of_five.need + 50_000)) == 5
+    assert largest(config, plan, card(of_five.need - 200_000)) == 4
+    assert largest(config, plan, card(plan.need)) == config.run.batch_size
+    assert largest_batch(config, plan, card(plan.need - 1)) is None
+
+
+def test_another_phase_than_the_peak_s_may_limit_the_micro_batch(tmp_path):
+    """With recomputed blocks the backward is the peak of one sample, and the forward that of forty."""
+    config = make_config(tmp_path, "dmd", *RECOMPUTED)
+    plan, of_forty = make_plan(config), plan_of(config, 40)
+    assert plan.peak_phase.endswith("backward")
+    assert of_forty.peak_phase.endswith("forward")
+    assert largest(config, plan, card(of_forty.need - 100_000)) == 39
+
+
+def test_a_larger_micro_batch_gains_what_does_not_grow_with_it(tmp_path):
+    config = make_config(tmp_path, "dmd", "data.resolution=[24, 24]")
+    plan, of_eight = make_plan(config), plan_of(config, 8)
+    room = largest_batch(config, plan, card(of_eight.need + 100_000))
+    assert room is not None
+    assert room.batch_size == 8
+    gain = 1 - of_eight.seconds(H100) / 8 / (plan.seconds(H100) / config.run.batch_size)
+    assert room.gain == pytest.approx(gain)
+    line = report.room_line(config, room)
+    assert line.startswith(
+        f"run.batch_size up to 8 fits; at 8 a sample takes {100 * gain:.1f} % less time by"
+    )
+    assert "at 8 a sample takes as long by" in report.room_line(config, replace(room, gain=0.0004))
+    own = replace(room, batch_size=config.run.batch_size)
+    assert report.room_line(config, own) == f"run.batch_size = {own.batch_size} is the largest that fits"
+
+
+def plan_of(config: Config, size: int) -> Plan:
+    return make_plan(replace(config, run=replace(config.run, batch_size=size)))
+
+
+def largest(config: Config, plan: Plan, gpu: GPU) -> int:
+    room = largest_batch(config, plan, gpu)
+    assert room is not None
+    return room.batch_size
 
 
 def test_a_run_that_cannot_fit_is_refused_unless_forced(tmp_path, capsys):
