@@ -2,6 +2,8 @@
 
 import gc
 import json
+import math
+from bisect import bisect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -27,17 +29,20 @@ from fastdmd.run import build
 
 SIZE = ("data.resolution=[24, 24]", "data.frames=6")
 VSA = ("vsa={sparsity=0.5, tile=[2, 2, 2]}", "model.attention.student='vsa'", "model.attention.critic='vsa'")
+BOTH = "critic.updates_per_generator=1"  # else the second step, which is compared, is the critic's alone
 FORMS: dict[str, tuple[str, ...]] = {
     "dmd": ("dmd",),
-    "dmd_full": ("dmd", "memory.checkpointing='full'"),
-    "dmd_sparse": ("dmd", *VSA),
+    "dmd_full": ("dmd", BOTH, "memory.checkpointing='full'"),
+    "dmd_sparse": ("dmd", BOTH, *VSA),
     "dmd_two": ("dmd", "run.grad_accum=2"),
     "dmd_lora": ("dmd_lora",),
     "dmd_lora_full": ("dmd_lora", "memory.checkpointing='full'"),
     "dmd_lora_sparse": ("dmd_lora", *VSA),
     "lcm": ("lcm",),
     "lcm_lora": ("lcm_lora",),
+    "lcm_lora_full": ("lcm_lora", "memory.checkpointing='full'"),
     "causal_flow": ("causal_flow",),
+    "causal_sid": ("causal_sid", BOTH),
 }
 
 
@@ -51,19 +56,29 @@ def config_of(here: Path, form: str, heads: int = 4, layers: int = 3) -> Config:
 
 
 def allocated(run: Callable[[], object]) -> int:
-    """Return the most bytes that the CPU's allocator had given out in a call, above those before it."""
+    """Return the most bytes that the CPU's allocator had given out in a call, above those before it.
+
+    What our ops take inside on a CPU, which a GPU's kernels do not, is left out: their ends count.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         run()
     assert record.profiler is not None
+    events = record.profiler.kineto_results.events()
+    ours = sorted((e.start_ns(), e.end_ns()) for e in events if e.name().startswith("fastdmd::"))
     total = most = 0
-    for event in record.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            total += event.nbytes()
-            most = max(most, total)
+    for event in events:
+        if event.name() != "[memory]":
+            continue
+        last = bisect(ours, (event.start_ns(), math.inf)) - 1
+        inside = last >= 0 and event.start_ns() <= ours[last][1]
+        if not inside:
+            most = max(most, total, total + event.nbytes())
+        total += event.nbytes()
     return most
 
 
-@pytest.mark.parametrize(("form", "heads"), [*((form, 4) for form in FORMS), ("dmd", 8), ("dmd_sparse", 8)])
+@pytest.mark.parametrize("heads", [4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("form", FORMS)
 def test_the_peak_is_the_allocator_s_within_a_percent(tmp_path, form, heads, monkeypatch):
     """Compare the second step, when AdamW has its moments; a CPU does not round sizes up."""
     monkeypatch.setattr(live, "ROUND", 1)
