@@ -31,7 +31,8 @@ class Replayed:
     """The forward of a network under `Live`."""
 
     def __init__(self, live: Live, net: Net) -> None:
-        self.live, self.net, self.forward = live, net, net.forward
+        self.live, self.forward = live, net.forward
+        self.parameters = list(net.parameters())
         self.calls: dict[Any, Recorded] = {}
 
     def __call__(self, x_t: Tensor, model_t: Tensor, cond: Cond, call: Call = PLAIN) -> Out:
@@ -54,8 +55,9 @@ class Replayed:
         """Return what decides on the ops of a call: a product has others where gradient is asked for."""
         options = [getattr(call, f.name) for f in fields(call) if f.name != "cache"]
         tokens = call.cache.tokens if call.cache else None
-        learns = x_t.requires_grad, any(p.requires_grad for p in self.net.parameters())
-        return described([x_t, model_t, *vars(cond).values(), *options, tokens, learns])
+        with torch._C.DisableTorchFunction():  # no shape that is read here is the network's
+            learns = x_t.requires_grad, any(p.requires_grad for p in self.parameters)
+            return described([x_t, model_t, *vars(cond).values(), *options, tokens, learns])
 
     def record(self, key: Any, x_t: Tensor, model_t: Tensor, cond: Cond, call: Call) -> Out:
         """Call the network, and keep what that leaves, unless there is more, as a table at first."""
