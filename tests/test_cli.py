@@ -86,9 +86,9 @@ def test_doctor_lists_versions_device_and_backends():
 def test_doctor_s_trials_on_a_gpu_are_of_all_candidates(monkeypatch):
     asked = []
     monkeypatch.setattr(attention, "_probe", lambda device, *key: asked.append(key) or Choice("flash"))
-    monkeypatch.setattr(norm, "_probe", lambda kind, *_: asked.append(kind) or Choice("liger"))
-    monkeypatch.setattr(attention, "_choices", {})
-    monkeypatch.setattr(norm, "_choices", {})
+    monkeypatch.setattr(norm, "_probe", lambda _, kind, *__: asked.append(kind) or Choice("liger"))
+    monkeypatch.setattr(attention._choices, "made", {})
+    monkeypatch.setattr(norm._choices, "made", {})
     device = torch.device("cuda", 0)
     try_candidates(device)
     assert asked == [(torch.bfloat16, 128), "rms_norm", "layer_norm", "group_norm"]

@@ -10,8 +10,8 @@ torch.compile or a CUDA graph's capture sees the op. Where ranks must agree to t
 """
 
 import importlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastdmd_kernels import trial
-from fastdmd_kernels.trial import Choice
+from fastdmd_kernels.trial import Choice, Choices
 
 Implementation = Callable[[Tensor, Tensor, Tensor], Tensor]
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # q, k, v, dout
@@ -76,9 +76,7 @@ PACKAGES = {"xformers": "xformers"}  # what a candidate needs beside torch
 # ------------------------------------------------------------------------------------------------- the choice
 
 
-# plain globals, which torch.compile guards on: a choice made later is seen by compiled code
-_choices: dict[tuple[torch.device, torch.dtype, int], Choice] = {}
-_forced: str | None = None
+_choices = Choices("attention", IMPLEMENTATIONS, "sdpa", lambda *key: _probe(*key))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -113,61 +111,40 @@ def prepare(device: torch.device, dtype: torch.dtype, K: int, name: str | None =
     The choice is made by trial, or is `name`. A choice once made stays; another `name` replaces it. On CPU
     and MPS there is nothing to choose.
     """
-    if name is not None:
-        _known(name)
-    if device.type != "cuda":
-        return _forced or "sdpa"
-    key = (torch.device("cuda", torch.cuda.current_device()) if device.index is None else device, dtype, K)
-    if name is not None:
-        _choices[key] = Choice(name)
-    elif key not in _choices:
-        _choices[key] = _probe(*key)
-    return _choices[key].name
+    return _choices.prepare(device, dtype, K, name=name)
 
 
-@contextmanager
-def use(name: str) -> Iterator[None]:
+def use(name: str) -> AbstractContextManager[None]:
     """Run all dense attention of the process with one implementation, and restore what was before."""
-    global _forced
-    _known(name)
-    before, _forced = _forced, name
-    try:
-        yield
-    finally:
-        _forced = before
+    return _choices.use(name)
 
 
 def describe(device: torch.device) -> dict[str, str]:
     """Tell `doctor` what is chosen, how long each took, and why others were not."""
-    if _forced:
-        return {"attention": f"{_forced} (forced)"}
+    if _choices.forced:
+        return {"attention": f"{_choices.forced} (forced)"}
     if device.type != "cuda":
-        return {"attention": f"sdpa ({device.type})"}
+        return {"attention": f"{_choices.default} ({device.type})"}
     chosen = {
         f"attention {str(dtype).removeprefix('torch.')} {K}": str(choice)
-        for (of, dtype, K), choice in _choices.items()
+        for (of, dtype, K), choice in _choices.made.items()
         if device.index in (None, of.index)
     }
     return chosen or {"attention": "chosen at the first call"}
 
 
 def _name(device: torch.device, dtype: torch.dtype, K: int) -> str:
-    if _forced is not None:
-        return _forced
+    if _choices.forced is not None:
+        return _choices.forced
     if device.type != "cuda":
-        return "sdpa"
-    if (device, dtype, K) not in _choices:
+        return _choices.default
+    if (device, dtype, K) not in _choices.made:
         if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "call fastdmd_kernels.attention.prepare(device, dtype, K) before compiling or capturing"
             )
         prepare(device, dtype, K)
-    return _choices[device, dtype, K].name
-
-
-def _known(name: str) -> None:
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"no attention {name!r}: {', '.join(IMPLEMENTATIONS)}")
+    return _choices.made[device, dtype, K].name
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:

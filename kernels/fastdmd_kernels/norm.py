@@ -6,8 +6,8 @@ eager call, or in `prepare`, which has to come before a CUDA graph's capture. `u
 """
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -16,10 +16,9 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from fastdmd_kernels import trial
-from fastdmd_kernels.trial import Choice
+from fastdmd_kernels.trial import Choice, Choices
 
 Sizes = tuple[int, ...]  # (D,) or, of group_norm, (C, groups)
-Key = tuple[str, torch.device, torch.dtype, Sizes]
 Run = Callable[..., Tensor]  # of x, eps or groups and eps, then the weight and the bias
 
 PROBE = {"rms_norm": (2, 4096), "layer_norm": (2, 4096), "group_norm": (2, 64, 64)}  # batch, then positions
@@ -82,8 +81,7 @@ PACKAGES = {"liger": "liger-kernel"}  # what a candidate needs beside torch
 
 # ---------------------------------------------------------------------------------------------------- the ops
 
-_choices: dict[Key, Choice] = {}
-_forced: str | None = None
+_choices = Choices("norms", IMPLEMENTATIONS, "torch", lambda *key: _probe(*key))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -104,7 +102,7 @@ def group_norm(x: Tensor, groups: int, eps: float, weight: Tensor, bias: Tensor)
 
     PyTorch's where the weight learns: Liger adds up its gradient by atomics, in no fixed order.
     """
-    if weight.requires_grad and _forced is None:
+    if weight.requires_grad and _choices.forced is None:
         return _torch_group_norm(x, groups, eps, weight, bias)
     return _run("group_norm", x, (x.shape[1], groups))(x, groups, eps, weight, bias)
 
@@ -117,40 +115,23 @@ def prepare(
     The choice is made by trial, or is `name`. A choice once made stays; another `name` replaces it. On CPU
     and MPS there is nothing to choose.
     """
-    if name is not None:
-        _known(name)
-    if device.type != "cuda":
-        return _forced or "torch"
-    where = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
-    key = (norm, where, dtype, tuple(sizes))
-    if name is not None:
-        _choices[key] = Choice(name)
-    elif key not in _choices:
-        _choices[key] = _probe(*key)
-    return _choices[key].name
+    return _choices.prepare(device, norm, dtype, tuple(sizes), name=name)
 
 
-@contextmanager
-def use(name: str) -> Iterator[None]:
+def use(name: str) -> AbstractContextManager[None]:
     """Run all eager norms of the process with one implementation, and restore what was before."""
-    global _forced
-    _known(name)
-    before, _forced = _forced, name
-    try:
-        yield
-    finally:
-        _forced = before
+    return _choices.use(name)
 
 
 def describe(device: torch.device) -> dict[str, str]:
     """Tell `doctor` what is chosen, how long each took, and why others were not."""
-    if _forced:
-        return {"norms": f"{_forced} (forced)"}
+    if _choices.forced:
+        return {"norms": f"{_choices.forced} (forced)"}
     if device.type != "cuda":
-        return {"norms": f"torch ({device.type})"}
+        return {"norms": f"{_choices.default} ({device.type})"}
     chosen = {
         f"{norm} {str(dtype).removeprefix('torch.')} {'/'.join(map(str, sizes))}": str(choice)
-        for (norm, of, dtype, sizes), choice in _choices.items()
+        for (of, norm, dtype, sizes), choice in _choices.made.items()
         if device.index in (None, of.index)
     }
     return chosen or {"norms": "chosen at the first call"}
@@ -163,29 +144,24 @@ def _run(norm: str, x: Tensor, sizes: Sizes) -> Run:
 def _name(norm: str, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> str:
     if torch.compiler.is_compiling():
         return "torch"
-    if _forced is not None:
-        return _forced
+    if _choices.forced is not None:
+        return _choices.forced
     if device.type != "cuda":
-        return "torch"
-    key = (norm, device, dtype, tuple(sizes))
-    if key not in _choices:
+        return _choices.default
+    key = (device, norm, dtype, tuple(sizes))
+    if key not in _choices.made:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"call fastdmd_kernels.norm.prepare({norm!r}, device, dtype, {sizes}) before capturing"
             )
-        prepare(*key)
-    return _choices[key].name
-
-
-def _known(name: str) -> None:
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"no norms by {name!r}: {', '.join(IMPLEMENTATIONS)}")
+        _choices.prepare(*key)
+    return _choices.made[key].name
 
 
 # -------------------------------------------------------------------------------------------------- the trial
 
 
-def _probe(norm: str, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Choice:
+def _probe(device: torch.device, norm: str, dtype: torch.dtype, sizes: Sizes) -> Choice:
     """Choose of CANDIDATES by trial; RuntimeError, with all reasons, if none is right."""
     return trial.choose(
         f"{norm} for {dtype}, {sizes}",

@@ -3,10 +3,11 @@
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,44 @@ class Choice:
             f"{name} {1e3 * s:.2f} ms" for name, s in sorted(self.seconds.items(), key=lambda item: item[1])
         ]
         return "; ".join([self.name, *times, *(f"no {name}: {why}" for name, why in self.refused.items())])
+
+
+class Choices:
+    """What an op runs for each (GPU, ..) that was met: by trial, or as it was told."""
+
+    def __init__(self, op: str, names: Collection[str], default: str, probe: Callable[..., Choice]) -> None:
+        """Take what `op` is called in errors, what runs on CPU and MPS, and the trial of a (GPU, ..)."""
+        self.op, self.names, self.default, self.probe = op, names, default, probe
+        # plain attributes, which torch.compile guards on: a choice made later is seen by compiled code
+        self.made: dict[tuple[Any, ...], Choice] = {}
+        self.forced: str | None = None
+
+    def check(self, name: str) -> None:
+        if name not in self.names:
+            raise ValueError(f"no {self.op} by {name!r}: {', '.join(self.names)}")
+
+    def prepare(self, device: torch.device, *key: Any, name: str | None = None) -> str:
+        """Choose now, by trial or `name`, and return what is chosen; a choice stays until another `name`."""
+        if name is not None:
+            self.check(name)
+        if device.type != "cuda":
+            return self.forced or self.default
+        where = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
+        if name is not None:
+            self.made[where, *key] = Choice(name)
+        elif (where, *key) not in self.made:
+            self.made[where, *key] = self.probe(where, *key)
+        return self.made[where, *key].name
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[None]:
+        """Run the op with one implementation in all of the process, and restore what was before."""
+        self.check(name)
+        before, self.forced = self.forced, name
+        try:
+            yield
+        finally:
+            self.forced = before
 
 
 def choose(

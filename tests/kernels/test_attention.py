@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def fresh(monkeypatch):
     """No choice made yet, and a probe of milliseconds."""
-    monkeypatch.setattr(dense, "_choices", {})
+    monkeypatch.setattr(dense._choices, "made", {})
     monkeypatch.setattr(dense, "PROBE", (1, 32, 32, 1))
 
 
@@ -129,6 +129,7 @@ def candidates(monkeypatch, fresh):
         implementations = {name: lambda q, k, v, run=run: run(q, k, v) for name, (run, _) in given.items()}
         times = {id(implementations[name]): seconds for name, (_, seconds) in given.items()}
         monkeypatch.setattr(dense, "IMPLEMENTATIONS", implementations)
+        monkeypatch.setattr(dense._choices, "names", implementations)
         monkeypatch.setattr(dense, "CANDIDATES", tuple(given))
         monkeypatch.setattr(dense, "_seconds", lambda run, inputs: times[id(run)])
 
@@ -253,9 +254,9 @@ def test_use_pins_and_restores():
         assert dense._name(CPU, torch.float32, 16) == "math"
         attention(*given)
     assert dense._name(CPU, torch.float32, 16) == "sdpa"
-    with pytest.raises(ValueError, match="no attention 'fast': sdpa, cudnn"), dense.use("fast"):
+    with pytest.raises(ValueError, match="no attention by 'fast': sdpa, cudnn"), dense.use("fast"):
         pass
-    with pytest.raises(ValueError, match="no attention 'fast'"):
+    with pytest.raises(ValueError, match="no attention by 'fast'"):
         dense.prepare(CPU, torch.float32, 16, name="fast")
 
 

@@ -155,7 +155,7 @@ def test_liger_leaves_its_inputs_and_the_gradient_as_they_were(liger):
 def test_the_real_candidates_are_both_right(kind, sizes, liger, monkeypatch):
     monkeypatch.setattr(norm, "PROBE", norm.SAMPLE)
     monkeypatch.setattr(norm.trial, "median_seconds", lambda call, device: call() and 1.0)
-    choice = norm._probe(kind, CPU, torch.float32, sizes)
+    choice = norm._probe(CPU, kind, torch.float32, sizes)
     assert choice.refused == {}
     assert list(choice.seconds) == ["torch", "liger"]
     assert choice.name == "torch"  # equally fast: the first
@@ -181,7 +181,7 @@ def gpu(monkeypatch):
         probes.append(key)
         return Choice("liger", {"liger": 1.0})
 
-    monkeypatch.setattr(norm, "_choices", {})
+    monkeypatch.setattr(norm._choices, "made", {})
     monkeypatch.setattr(norm, "_probe", probe)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return Device(), probes
@@ -191,7 +191,7 @@ def test_a_wrong_candidate_is_refused(monkeypatch):
     own = norm.IMPLEMENTATIONS["torch"]
     monkeypatch.setattr(norm, "IMPLEMENTATIONS", {"torch": own, "liger": {"rms_norm": doubled}})
     monkeypatch.setattr(norm.trial, "median_seconds", lambda call, device: call() and 1.0)
-    choice = norm._probe("rms_norm", CPU, torch.float32, (D,))
+    choice = norm._probe(CPU, "rms_norm", torch.float32, (D,))
     assert choice.name == "torch"
     assert "wrong out" in choice.refused["liger"]
 
@@ -199,7 +199,7 @@ def test_a_wrong_candidate_is_refused(monkeypatch):
 def test_what_is_not_installed_is_refused(monkeypatch):
     monkeypatch.setattr(norm, "PROBE", norm.SAMPLE)
     monkeypatch.setitem(sys.modules, "liger_kernel.ops.rms_norm", None)
-    choice = norm._probe("rms_norm", CPU, torch.float32, (D,))
+    choice = norm._probe(CPU, "rms_norm", torch.float32, (D,))
     assert choice.name == "torch"
     assert "liger_kernel" in choice.refused["liger"]
 
@@ -215,7 +215,7 @@ def test_the_choice_is_made_once_per_norm_device_dtype_and_sizes(gpu):
     ]
     for kind, dtype, sizes in [*keys, *keys]:
         assert norm._name(kind, device, dtype, sizes) == "liger"
-    assert [(kind, dtype, sizes) for kind, _, dtype, sizes in probes] == keys
+    assert [(kind, dtype, sizes) for _, kind, dtype, sizes in probes] == keys
     assert norm.prepare("rms_norm", device, torch.float32, (16,), name="torch") == "torch"
     assert norm._name("rms_norm", device, torch.float32, (16,)) == "torch"
     assert norm.describe(device)["rms_norm float32 16"] == "torch (pinned)"
