@@ -241,7 +241,8 @@ def start_adapters(config: Config, net: Net, role: Role, place: Place) -> dict[s
     names = lora.own_names(net, role.name)
     masters = lora.start_lora(net, role.name, config.run.seed, place.device, place.dtype)
     if role.lora.path is not None:
-        read = lora.read_lora(Path(role.lora.path), config.family.lora_prefix, role.lora, names)
+        shapes = {name: tuple(net.get_parameter(full).shape) for name, full in names.items()}
+        read = lora.read_lora(Path(role.lora.path), config.family.lora_prefix, role.lora, shapes)
         for name, value in read.items():
             lora.set_parameter(net, names[name], value.to(place.device, place.dtype))
             if place.dtype != torch.float32:

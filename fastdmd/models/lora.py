@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as nnf
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
 # what a name in a network has more than outside of it
-INSIDE = re.compile(r"\.base_layer|\.shared|\.own\.[^.]+|(?<=\.lora_[AB])\.[^.]+(?=\.)")
+INSIDE = re.compile(r"\.(base_layer|shared|own\.[^.]+)(?=\.|$)|(?<=\.lora_[AB])\.[^.]+(?=\.)")
 # a target is the end of a module's name
 WAN_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -201,21 +202,31 @@ def set_parameter(net: nn.Module, name: str, value: Tensor) -> None:
     setattr(net.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
 
 
-def read_lora(path: Path, prefix: str, config: LoraConfig, names: Collection[str]) -> dict[str, Tensor]:
+def read_lora(
+    path: Path, prefix: str, config: LoraConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
     """Return the adapters of a file as `export_lora` writes it, by the names of `own_names`, in float32.
 
-    Raise ValueError for a file of other adapters. What the file has of alpha / rank is in its B, or in its
-    `.alpha` values, and is taken out again.
+    Raise ValueError for a file of other adapters, or of another rank. What the file has of alpha / rank is in
+    its B, or in its `.alpha` values, and is taken out again.
     """
-    wanted = {name: f"{prefix}{name}" for name in names if ".lora_" in name}
-    file = load_file(path)
+    wanted = {name: f"{prefix}{name}" for name in shapes if ".lora_" in name}
+    try:
+        file = load_file(path)
+    except (OSError, SafetensorError) as e:
+        raise ValueError(f"lora.path: {path} cannot be read ({e}); name a file of adapters") from None
     alphas = {name: value for name, value in file.items() if name.endswith(".alpha")}
     wrong = [f"{there} is missing" for there in wanted.values() if there not in file]
     wrong += [f"{there} is unknown" for there in sorted(file.keys() - set(wanted.values()) - alphas.keys())]
+    wrong += [
+        f"{there} is {list(file[there].shape)}, not {list(shapes[name])}"
+        for name, there in wanted.items()
+        if there in file and file[there].shape != shapes[name]
+    ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(
-            f"lora.path: {path} does not fit lora.targets: {', '.join(wrong[:3])}{more}; name a file of these"
+            f"lora.path: {path} does not fit [lora]: {', '.join(wrong[:3])}{more}; name a file of these"
         )
     weights: dict[str, Tensor] = {}
     for name, there in wanted.items():

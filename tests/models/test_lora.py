@@ -319,7 +319,7 @@ def test_a_file_of_adapters_is_read_back(tmp_path, alphas):
     else:
         export_lora(path, own, RANK, ALPHA, prefix="transformer.")
     config = LoraConfig(rank=RANK, alpha=9.0, targets=WAN_TARGETS)
-    read = read_lora(path, "transformer.", config, own.keys())
+    read = read_lora(path, "transformer.", config, {name: tuple(p.shape) for name, p in own.items()})
     assert read.keys() == own.keys()
     other, _ = wan()
     add_lora(other, "student", config, WAN_TARGETS, other.acting)
@@ -332,12 +332,19 @@ def test_a_file_of_adapters_is_read_back(tmp_path, alphas):
 def test_a_file_of_other_adapters_is_refused(tmp_path):
     net, _ = adapted(wan, WAN_TARGETS)
     path = tmp_path / "lora.safetensors"
-    export_lora(path, own_parameters(net, "student"), RANK, ALPHA, prefix="transformer.")
+    own = own_parameters(net, "student")
+    export_lora(path, own, RANK, ALPHA, prefix="transformer.")
     config = LoraConfig(rank=RANK, alpha=ALPHA, targets=("to_q",))
-    names = [name for name in own_parameters(net, "student") if ".to_q." in name]
-    with pytest.raises(
-        ValueError, match=r"^lora.path: .*attn1.to_k.lora_A.weight is unknown.* and \d+ more; "
-    ):
-        read_lora(path, "transformer.", config, names)
-    with pytest.raises(ValueError, match=r"^lora.path: .*missing"):
-        read_lora(path, "transformer.", config, [*own_parameters(net, "student"), "x.lora_A.weight"])
+    shapes = {name: tuple(p.shape) for name, p in own.items()}
+    few = {name: shape for name, shape in shapes.items() if ".to_q." in name}
+    refused = [
+        (few, r"attn1\.to_k\.lora_A\.weight is unknown, .* and \d+ more; name a file of these$"),
+        (shapes | {"x.lora_A.weight": (RANK, 3)}, r"transformer\.x\.lora_A\.weight is missing"),
+        (shapes | {min(shapes): (RANK + 1, 24)}, rf"is \[{RANK}, 24\], not \[{RANK + 1}, 24\]"),
+    ]
+    for wanted, message in refused:
+        with pytest.raises(ValueError, match=rf"^lora\.path: .* does not fit \[lora\]: .*{message}"):
+            read_lora(path, "transformer.", config, wanted)
+    path.write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match=r"^lora\.path: .* cannot be read .*; name a file of adapters$"):
+        read_lora(path, "transformer.", config, shapes)
