@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from fastdmd.methods.method import Loss, Method
 from fastdmd.models.net import Net
@@ -52,13 +52,14 @@ def notice(config: Config, device: torch.device) -> str | None:
     )
 
 
-def set_up() -> None:
+def set_up(step: bool = False) -> None:
     """Set the compiler's options of this process; it takes a second to import, so not before."""
     import torch._dynamo
     import torch._inductor.config
 
     torch._dynamo.config.recompile_limit = GRAPHS
-    torch._dynamo.config.trace_autograd_ops = True  # the gradient of a phase, inside its graph
+    if step:
+        torch._dynamo.config.trace_autograd_ops = True  # the gradient of a phase, inside its graph
     # results are rounded where eager rounds them: adapters of zeros change no bit in bfloat16
     torch._inductor.config.emulate_precision_casts = True
 
@@ -79,11 +80,13 @@ class Capture:
         self.warm_up = warm_up
         self.graphs = self.recompiles = 0
         self.breaks_before = breaks() if mode != "off" else 0
-        self.loss: Callable[..., Any] = self.gradients
+        self.kinds: set[Any] = set()  # of phases that have a graph: by phase and exit
         self.method = method
         if mode == "step":
-            set_up()
-            self.loss = torch.compile(self.gradients, fullgraph=True, dynamic=False, backend=BACKEND)
+            set_up(step=True)
+            self.phase: Callable[..., Any] = torch.compile(
+                self.gradients, fullgraph=True, dynamic=False, backend=BACKEND
+            )
 
     def gradients(
         self, phase: str, nets: Any, batch: Any, draws: Any, carry: Any, parameters: list[Tensor], parts: int
@@ -104,10 +107,11 @@ class Capture:
         parts: int,
     ) -> Loss:
         """Return a phase's loss by its graph, after adding its gradients to those of its roles."""
-        owners = [(each, name) for role, each in optimizers.items() for name in each.params]
-        learning = [(each, name) for each, name in owners if each.params[name].requires_grad]
+        every = [(each, name) for each in optimizers.values() for name in each.params]
+        learning = [(each, name) for each, name in every if each.params[name].requires_grad]
         parameters = [each.params[name] for each, name in learning]
-        found, grads = self.loss(phase, nets, batch, draws, carry, parameters, parts)
+        self.kinds.add((phase, kind_of(draws)))
+        found, grads = self.phase(phase, nets, batch, draws, carry, parameters, parts)
         for (optimizer, name), grad in zip(learning, grads, strict=True):
             if grad is not None:
                 optimizer.accumulate(name, grad)
@@ -119,13 +123,13 @@ class Capture:
         if self.mode == "off":
             yield
             return
-        before = graphs()
+        before, kinds = graphs(), len(self.kinds)
         yield
         new = graphs() - before
         self.graphs += new
         if self.warm_up > 0:
             self.warm_up -= 1
-        elif new:
+        elif new > len(self.kinds) - kinds:  # an exit that is met for the first time has a graph of its own
             self.recompiles += new
             print(f"warning: {new} graphs compiled after the first cycle: {last_guard()}", file=sys.stderr)
 
@@ -133,6 +137,12 @@ class Capture:
         """Return what summary.json says."""
         met = breaks() - self.breaks_before if self.mode != "off" else 0
         return {"mode": self.mode, "graphs": self.graphs, "breaks": met, "recompiles": self.recompiles}
+
+
+def kind_of(draws: Any) -> Any:
+    """Return what of a phase's draws decides on its graph: their structure and all but the tensors."""
+    leaves, structure = tree_flatten(draws)
+    return structure, tuple(x for x in leaves if not isinstance(x, Tensor))
 
 
 def graphs() -> int:

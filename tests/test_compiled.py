@@ -166,6 +166,20 @@ def test_a_recompilation_after_the_first_cycle_is_a_warning_with_its_guard(tmp_p
 
 
 @pytest.mark.slow
+def test_the_first_graph_of_an_exit_is_no_recompilation(tmp_path, capsys):
+    """Three exits of a rollout are not all met in the first cycle."""
+    run = build(make_config(tmp_path, "dmd", "compile.mode='step'"))
+    after = []
+    for _ in range(10):
+        with run.capture.step():
+            train.take_step(run)
+        after.append(run.capture.summary()["graphs"])
+    assert after[-1] == len(run.capture.kinds) > after[1]
+    assert run.capture.summary()["recompiles"] == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["blocks", "step"])
 def test_a_run_says_what_was_compiled(tmp_path, capsys, mode):
     keys = (f"compile.mode='{mode}'", "run.max_steps=2", "validation.teacher_reference=false")

@@ -322,7 +322,7 @@ CHECKS: dict[Callable[[Config], Problems], set[str]] = {  # by the tables that e
     _check_options: {"method", "model", "vsa", "rollout"},
     problems_of_memory: {"method", "model", "student", "critic", "lora", "memory"},
     problems_of_precision: {"method", "student", "critic", "lora", "precision"},
-    _check_compile: {"method", "model", "student", "critic", "lora", "memory", "rollout", "compile"},
+    _check_compile: {"memory", "rollout", "compile"},
     _check_folders: {"method", "model", "student", "teacher", "critic"},
     _check_lora: {"student", "critic", "lora"},
     _check_unused: {"method", "teacher", "critic", "rollout", "ema"},
