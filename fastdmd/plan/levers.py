@@ -13,7 +13,8 @@ from fastdmd.plan.gpus import GPU
 def levers(config: Config) -> Iterator[tuple[str, Config]]:
     """Yield changes that take memory off, each on top of the others.
 
-    They change no result, but for the last, which rounds AdamW's moments to 8 bits.
+    Those before the last two change no result but by rounding; the last two take one byte for each frozen
+    weight, and for each of AdamW's moments.
     """
     size = config.run.batch_size
     if size > 1:

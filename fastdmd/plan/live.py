@@ -5,6 +5,7 @@ plan against a real step.
 """
 
 import gc
+import importlib
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -13,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch._dynamo  # checkpoints do, and a first import keeps the frames around it, with their tensors
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -178,7 +178,12 @@ class Live(TorchDispatchMode):
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Collect no garbage: it takes a fifth of a trace, and would decide by chance when a tensor goes."""
+    """Collect no garbage: it takes a fifth of a trace, and would decide by chance when a tensor goes.
+
+    torch._dynamo is imported before: checkpoints do it, and a first import keeps the frames around it, with
+    their tensors.
+    """
+    importlib.import_module("torch._dynamo")
     was_on = gc.isenabled()
     gc.disable()
     try:

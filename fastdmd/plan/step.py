@@ -35,9 +35,8 @@ class Trace:
     """What a cycle of steps takes, by "STEP: phase", where STEP is the phases that a step has."""
 
     phases: Mapping[str, Phase] = field(default_factory=dict[str, Phase])
-    fixed: Mapping[str, int] = field(
-        default_factory=dict[str, int]
-    )  # bytes that are there between steps, by kind
+    # bytes that are there between steps, by kind
+    fixed: Mapping[str, int] = field(default_factory=dict[str, int])
     parameters: Mapping[str, int] = field(default_factory=dict[str, int])  # of each role's network
     trained: Mapping[str, int] = field(default_factory=dict[str, int])  # of those, what learns
     moments: Mapping[str, int] = field(default_factory=dict[str, int])  # bytes of each optimizer's
@@ -86,10 +85,11 @@ def trace(config: Config, depths: Depths | None, peaks_only: bool = False) -> Tr
         sparse(config, nets)
         batch = inputs(live, config, nets["student"])
         found.fixed = {kind: size for kind, size in live.by.items() if size}
-        found.phases = steps(live, config, method, nets, trained, batch, first_exit=False)
+        stage = Stage(live, config, method, nets, trained, batch)
+        found.phases = stage.steps(first_exit=False)
         if not peaks_only:
             if config.rollout is not None and config.rollout.exit == "uniform":
-                first = steps(live, config, method, nets, trained, batch, first_exit=True)
+                first = stage.steps(first_exit=True)
                 found.first_exit = {name: phase.work for name, phase in first.items()}
             found.samplers = sampled(live, config, method, nets, batch)
         for optimizer in trained.values():
@@ -166,61 +166,59 @@ def inputs(live: Live, config: Config, student: Denoiser) -> Batch:
     return Batch(cond, uncond, shape, x0)
 
 
-def steps(
-    live: Live,
-    config: Config,
-    method: Method,
-    nets: dict[str, Denoiser],
-    optimizers: dict[str, Optimizer],
-    batch: Batch,
-    first_exit: bool,
-) -> dict[str, Phase]:
-    """Take one step of each kind, and return its phases."""
-    live.phases.clear()
-    for phases in dict.fromkeys(cycle(method)):
-        step(live, config, method, nets, optimizers, batch, phases, first_exit)
-    return {name: phase for name, phase in live.phases.items() if name}
+@dataclass(frozen=True)
+class Stage:
+    """What a step on the meta device takes."""
 
+    live: Live
+    config: Config
+    method: Method
+    nets: Mapping[str, Denoiser]
+    optimizers: Mapping[str, Optimizer]
+    batch: Batch
 
-def step(
-    live: Live,
-    config: Config,
-    method: Method,
-    nets: dict[str, Denoiser],
-    optimizers: dict[str, Optimizer],
-    batch: Batch,
-    phases: Phases,
-    first_exit: bool,
-) -> None:
-    """Take one micro-batch through the phases of a step, as a step's last: the gradients of others are there.
+    def steps(self, first_exit: bool) -> dict[str, Phase]:
+        """Take one step of each kind, and return its phases."""
+        self.live.phases.clear()
+        for phases in dict.fromkeys(cycle(self.method)):
+            self.step(phases, first_exit)
+        return {name: phase for name, phase in self.live.phases.items() if name}
 
-    The optimizer's work is counted and not done: torch has no fused AdamW on the meta device.
-    """
-    carry: dict[str, Any] = {}
-    several = config.run.grad_accum > 1
-    for index, phase in enumerate(phases):
-        learning = method.trains(phase)
-        for role, denoiser in nets.items():
-            denoiser.learn(role in learning)
-        where = f"{' + '.join(phases)}: {phase}"
-        live.begin(f"{where}, forward")
-        for role in learning if several else ():
-            with live.made_as(f"gradients, {role}"):
-                for master in optimizers[role].masters.values():
-                    master.grad = torch.empty_like(master)
-        rng = ExitRng(config.run.seed, 0, f"{phase}{index}", range(config.run.batch_size), "cpu")
-        rng.last = not first_exit
-        draws = method.draw(phase, rng, batch.latent_shape, carry)
-        loss, metrics = method.loss(phase, nets, batch, draws, carry)
-        live.hold((x for x in tree_leaves(carry) if live.counts(x)), "inputs")
-        if first_exit:
-            break
-        live.begin(f"{where}, backward")
-        backward(loss / config.run.grad_accum)
-        del loss, metrics, draws
-        live.begin(f"{where}, optimizer")
-        for role in learning:
-            parameters = sum(master.numel() for master in optimizers[role].masters.values())
-            live.phase.work += Work(traffic=UPDATE_BYTES[config.optim[role].name] * parameters)
-            optimizers[role].adamw.zero_grad()
-    live.begin("")
+    def step(self, phases: Phases, first_exit: bool) -> None:
+        """Take one micro-batch through the phases of a step, as its last: the gradients of others are there.
+
+        The optimizer's work is counted and not done: torch has no fused AdamW on the meta device.
+        """
+        live, run = self.live, self.config.run
+        carry: dict[str, Any] = {}
+        for index, phase in enumerate(phases):
+            learning = self.method.trains(phase)
+            for role, denoiser in self.nets.items():
+                denoiser.learn(role in learning)
+            where = f"{' + '.join(phases)}: {phase}"
+            live.begin(f"{where}, forward")
+            for role in learning if run.grad_accum > 1 else ():
+                with live.made_as(f"gradients, {role}"):
+                    for master in self.optimizers[role].masters.values():
+                        master.grad = torch.empty_like(master)
+            rng = ExitRng(run.seed, 0, f"{phase}{index}", range(run.batch_size), "cpu")
+            rng.last = not first_exit
+            draws = self.method.draw(phase, rng, self.batch.latent_shape, carry)
+            loss, metrics = self.method.loss(phase, self.nets, self.batch, draws, carry)
+            live.hold((x for x in tree_leaves(carry) if live.counts(x)), "inputs")
+            if first_exit:
+                break
+            live.begin(f"{where}, backward")
+            backward(loss / run.grad_accum)
+            del loss, metrics, draws
+            live.begin(f"{where}, optimizer")
+            for role in learning:
+                self.update(role)
+        live.begin("")
+
+    def update(self, role: str) -> None:
+        """Count an update of a role, and drop its gradients."""
+        optimizer = self.optimizers[role]
+        parameters = sum(master.numel() for master in optimizer.masters.values())
+        self.live.phase.work += Work(traffic=UPDATE_BYTES[self.config.optim[role].name] * parameters)
+        optimizer.adamw.zero_grad()

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 import fastdmd.plan.ops  # noqa: F401  # registers the ops below
+import fastdmd_kernels  # noqa: F401  # and this the kernels' own
 
 BACKWARD = 2.5  # products of attention's backward: five to the forward's two
 
