@@ -167,8 +167,10 @@ def plan(
         from fastdmd.plan.estimate import make_plan
         from fastdmd.plan.gpus import gpu_named
         from fastdmd.plan.levers import largest_batch, remedies
+        from fastdmd.precision import became
 
         loaded, card = configs.load(config, overrides or (), elsewhere=True), gpu_named(gpu)
+        became(loaded.precision, card.target)  # or the card cannot do it
         made = make_plan(loaded)
         if not as_json:
             print(report.page(loaded, made, gpu, card), flush=True)  # before the plan of one sample more

@@ -21,7 +21,7 @@ from fastdmd.models import lora
 from fastdmd.models.component import Weights, read_into
 from fastdmd.models.family import Options
 from fastdmd.models.lora import LoraConfig
-from fastdmd.models.lowbit import make_low_bit
+from fastdmd.models.lowbit import code_dtype, make_low_bit, make_products
 from fastdmd.models.net import Net, cast
 from fastdmd.models.offload import Offload
 from fastdmd.models.stream import Stream, streamed_names
@@ -123,7 +123,8 @@ def build_nets(
         net, masters = make_net(config, on_it, place, (depths or {}).get(on_it[0].name))
         net.requires_grad_(False)
         for role in on_it:
-            built[role.name] = as_role(config, net, role, schedule, masters)
+            kept = masters if config.precision.master == "fp32" else {}
+            built[role.name] = as_role(config, net, role, schedule, kept)
     return {name: built[name] for name in roles}
 
 
@@ -175,20 +176,30 @@ def make_net(
         for role in roles:
             add_adapters(config, net, role)
     weights = without_gates(config, net, weights)
-    if config.precision.frozen != "compute" and not any(role.owns_network for role in roles):
-        make_low_bit(net.blocks, config.precision.frozen, family.is_small)
+    take_low_precision(config, net, place, frozen=not any(role.owns_network for role in roles))
     masters: dict[str, Tensor] = {}
     if weights is None:
         cast(net, place.dtype)
     else:
         host = streamed_names(net) if streams(config, roles) else ()
-        masters = read_into(net, weights, place.device, place.dtype, trained_names(net, roles), host)
+        learns = trained_names(net, roles) if config.precision.master == "fp32" else ()
+        masters = read_into(net, weights, place.device, place.dtype, learns, host)
         for role in roles:
             masters |= start_adapters(config, net, role, place)
     if streams(config, roles):
         net.stream = Stream(net.blocks, place.device)
     prepare(config, net, place, dense)
     return net, masters
+
+
+def take_low_precision(config: Config, net: Net, place: Place, frozen: bool) -> None:
+    """Store linear layers of blocks as [precision] says, where no role trains them, and compute them so."""
+    c, is_small = config.precision, config.family.is_small
+    if c.frozen != "compute" and frozen:
+        dtype = code_dtype(c.frozen, place.device)
+        make_low_bit(net.blocks, dtype, is_small, in_float8=c.linear == "float8")
+    if c.linear != "compute":
+        make_products(net.blocks, c.linear, code_dtype("float8", place.device), is_small)
 
 
 def streams(config: Config, roles: Sequence[Role]) -> bool:
@@ -260,6 +271,7 @@ def from_scratch(
         net = config.family.make(read_architecture(config, roles[0]), options).start_from_scratch()
     net.to(place.device)
     masters = cast(net, place.dtype)
+    take_low_precision(config, net, place, frozen=False)
     prepare(config, net, place, dense=options.tile is None)
     return net, masters
 

@@ -8,13 +8,15 @@ import torch
 
 from fastdmd.capture import Capture, mode_on
 from fastdmd.config import Config
-from fastdmd.data.world import World, make_world
+from fastdmd.data.world import Model, World, make_world
 from fastdmd.denoiser import Denoiser
 from fastdmd.device import pick_device
 from fastdmd.methods import Method
 from fastdmd.methods.method import TRAINABLE, cycle
+from fastdmd.models.lowbit import code_dtype
 from fastdmd.optim import EMA, Optimizer
-from fastdmd.roles import Place, build_nets, roles_of
+from fastdmd.rng import seed_of
+from fastdmd.roles import Built, Place, build_nets, roles_of
 from fastdmd.schedule import Schedule
 
 
@@ -57,18 +59,25 @@ def build(config: Config, only: Collection[str] | None = None) -> Run:
     built = build_nets(config, roles, method, schedule, place)
     nets = {name: each.denoiser for name, each in built.items()}
     optimizers = {
-        name: Optimizer(each.denoiser.trainable, config.optim[name], config.run.max_steps, each.masters)
-        for name, each in built.items()
-        if name in TRAINABLE
+        name: make_optimizer(config, name, each) for name, each in built.items() if name in TRAINABLE
     }
     ema = EMA(optimizers["student"].masters, config.ema) if config.ema and "student" in built else None
-    world = make_world(
-        config.data, config.family, config.model.path, config.latent_shape(), place.device, place.dtype
-    )
+    stored = config.precision.text_encoder
+    codes = None if stored == "compute" else code_dtype(stored, place.device)
+    model = Model(config.family, config.model.path, place.device, place.dtype, codes)
+    world = make_world(config.data, model, config.latent_shape())
     capture = Capture(mode_on(config.compile, place.device), method, len(cycle(method)))
     run = Run(config, place.device, world, method, schedule, nets, optimizers, ema, capture)
     set_sparsity(run)
     return run
+
+
+def make_optimizer(config: Config, role: str, built: Built) -> Optimizer:
+    """Return the optimizer of what a role trains."""
+    in_bf16 = config.precision.master == "bf16-sr"
+    seed = seed_of("cpu", config.run.seed, role) if in_bf16 else None
+    parameters, options = built.denoiser.trainable, config.optim[role]
+    return Optimizer(parameters, options, config.run.max_steps, built.masters, seed)
 
 
 def follow_average(run: Run) -> None:

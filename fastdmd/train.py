@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from fastdmd import capture, checkpoint, precision
+from fastdmd import capture, checkpoint
 from fastdmd import config as configs
 from fastdmd.batch import Batch
 from fastdmd.config import Config
@@ -26,6 +26,7 @@ from fastdmd.hardware import peak_flops, peak_memory_gb
 from fastdmd.log import Progress, RunLog
 from fastdmd.methods.method import mean_metrics
 from fastdmd.plan.preflight import gpu_of, preflight
+from fastdmd.precision import became, target_of
 from fastdmd.resume import refuse_another, restore, save
 from fastdmd.rng import Rng
 from fastdmd.run import Diverged, Interrupted, Run, build, follow_average, set_sparsity
@@ -83,9 +84,9 @@ def start(config: Config, folder: Path, force: bool = False) -> Run:
     device = pick_device(config.run.device)
     if device.type == "cuda":
         config = preflight(config, *gpu_of(device), force)
-    for line in (capture.notice(config.compile, device), precision.notice(config.precision, device)):
-        if line is not None:
-            print(line, file=sys.stderr)
+    compiled = capture.notice(config.compile, device)
+    for line in [*([compiled] if compiled else []), *became(config.precision, target_of(device))]:
+        print(line, file=sys.stderr)
     run = build(config)
     for line in run.method.warnings():
         print(f"warning: {line}", file=sys.stderr)

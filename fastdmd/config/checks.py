@@ -129,6 +129,17 @@ def problems_of_precision(config: Config) -> Problems:
             "precision.frozen",
             "every network is trained whole; set student.train = 'lora', or remove the key",
         )
+    if config.precision.text_encoder != "compute" and config.data.kind == "shapes":
+        yield (
+            "precision.text_encoder",
+            "the captions of 'shapes' are embedded without a text encoder; remove the key",
+        )
+    coded = [role for role, table in config.optim.items() if table and table.name == "adamw8bit"]
+    if config.precision.master == "bf16-sr" and coded:
+        yield (
+            f"optim.{coded[0]}.name",
+            "'adamw8bit' is for float32 masters; use 'adamw', or remove precision.master",
+        )
 
 
 def _check_compile(config: Config) -> Problems:
@@ -321,7 +332,7 @@ CHECKS: dict[Callable[[Config], Problems], set[str]] = {  # by the tables that e
     _check_schedule: {"method", "model", "schedule"},
     _check_options: {"method", "model", "vsa", "rollout"},
     problems_of_memory: {"method", "model", "student", "critic", "lora", "memory"},
-    problems_of_precision: {"method", "student", "critic", "lora", "precision"},
+    problems_of_precision: {"method", "student", "critic", "lora", "optim", "data", "precision"},
     _check_compile: {"memory", "rollout", "compile"},
     _check_folders: {"method", "model", "student", "teacher", "critic"},
     _check_lora: {"student", "critic", "lora"},

@@ -101,12 +101,13 @@ class ShapesWorld:
 
 
 class Model(NamedTuple):
-    """The frozen parts of a diffusers folder, and where they compute."""
+    """The frozen parts of a diffusers folder, and where they compute; the built-in world needs no folder."""
 
     family: AnyFamily
-    path: str
+    path: str | None
     device: torch.device
     dtype: torch.dtype
+    codes: torch.dtype | None = None  # of the text encoder's weights, where those are one byte each
 
 
 class ModelWorld:
@@ -124,7 +125,9 @@ class ModelWorld:
         self.device = model.device
         self.prompts: Sequence[str] = prompts
         self.latent_shape, self.negative_prompt = latent_shape, config.negative_prompt
-        self.encoder = model.family.encoder(model.path, model.device, model.dtype)
+        assert model.path is not None  # the configuration was checked
+        self.folder = model.path
+        self.encoder = model.family.encoder(model.path, model.device, model.dtype, model.codes)
 
     def cond(self, prompts: Sequence[str]) -> Cond:
         return self.conditioned(self.encoder(list(prompts)))
@@ -134,7 +137,7 @@ class ModelWorld:
         return self.model.family.sized(cond, self.config.resolution).to(self.device)
 
     def pixels(self, x0: Tensor) -> Tensor:
-        return self.model.family.decode(self.model.path, x0, self.device, self.model.dtype)
+        return self.model.family.decode(self.folder, x0, self.device, self.model.dtype)
 
     def scores(self, x0: Tensor, prompts: Sequence[str], seed: int) -> dict[str, float | None]:
         return {"oracle": None, "swd": None}
@@ -188,20 +191,9 @@ class EncodedWorld(ModelWorld):
         raise AssertionError("there are `samples` of them")
 
 
-def make_world(
-    config: Config,
-    family: AnyFamily,
-    path: str | None,
-    latent_shape: tuple[int, ...],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> World:
-    """Return the world of the table [data].
-
-    path: the diffusers folder with text encoder and VAE; the built-in world needs none.
-    """
+def make_world(config: Config, model: Model, latent_shape: tuple[int, ...]) -> World:
+    """Return the world of the table [data]."""
     if config.kind == "shapes":
-        return ShapesWorld(config, family, latent_shape, device)
-    assert path is not None  # the configuration was checked
+        return ShapesWorld(config, model.family, latent_shape, model.device)
     world = EncodedWorld if config.kind == "encoded" else PromptWorld
-    return world(config, Model(family, path, device, dtype), latent_shape)
+    return world(config, model, latent_shape)

@@ -98,8 +98,13 @@ class Family(ABC, Generic[A, N, S]):
         """Return the noise schedule, of [schedule] or of a diffusers folder."""
 
     @abstractmethod
-    def encoder(self, path: str, device: torch.device, dtype: torch.dtype) -> Encoder:
-        """Return the encoder of prompts of a diffusers folder."""
+    def encoder(
+        self, path: str, device: torch.device, dtype: torch.dtype, codes: torch.dtype | None = None
+    ) -> Encoder:
+        """Return the encoder of prompts of a diffusers folder.
+
+        codes: the type of its linear layers' weights, where those are one byte each.
+        """
 
     @abstractmethod
     def decode(self, path: str, x0: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

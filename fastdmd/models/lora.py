@@ -252,7 +252,7 @@ def merged(net: nn.Module, role: str) -> dict[str, Tensor]:
             for part in ("packed", "scale"):
                 del weights[f"{clean(name)}.{part}"]
             low: Any = layer
-            weights[f"{clean(name)}.weight"] = low.weight.detach()
+            weights[f"{clean(name)}.weight"] = low.dense().detach()
     for name, p in own_parameters(net, role).items():
         if ".lora_" not in name:
             weights[name] = p.detach().clone()

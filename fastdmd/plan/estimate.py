@@ -148,11 +148,10 @@ def of_cycle(
 
 
 def checkpoint_bytes(config: Config, found: Trace) -> int:
-    """Return the bytes of a checkpoint: float32 masters, two moments, and the student's average."""
-    numbers = sum(found.trained.values())
-    if config.ema:
-        numbers += found.trained["student"]
-    return 4 * numbers + sum(found.moments.values())
+    """Return the bytes of a checkpoint: masters, two moments, and the student's average in float32."""
+    masters = (4 if config.precision.master == "fp32" else 2) * sum(found.trained.values())
+    average = 4 * found.trained["student"] if config.ema else 0
+    return masters + average + sum(found.moments.values())
 
 
 def progress_of(depths: Depths | None, check: bool) -> Callable[[], None]:

@@ -28,6 +28,7 @@ Depths = Mapping[str, int]
 # that an update moves for each parameter that learns: AdamW 7 floats, of which moments in codes are 4 bytes,
 # clipping 3, a master's rounding 6 bytes
 UPDATE_BYTES = {"adamw": 46, "adamw8bit": 34}
+STOCHASTIC_BYTES = 80  # of an update without masters: more passes, over a float32 copy of the weight
 
 
 @dataclass
@@ -125,7 +126,7 @@ def hold_role(live: Live, config: Config, name: str, built: Built) -> Optimizer 
     masters: dict[str, Tensor] = {}
     with live.made_as(f"masters, {name}"):
         for key, p in denoiser.trainable.items():
-            if p.dtype != torch.float32:
+            if p.dtype != torch.float32 and config.precision.master == "fp32":
                 masters[key] = torch.empty(p.shape, dtype=torch.float32, device="meta")
     optimizer = Optimizer(denoiser.trainable, config.optim[name], config.run.max_steps, masters)
     for key, p in denoiser.trainable.items():
@@ -200,7 +201,7 @@ class Stage:
             for role in learning if run.grad_accum > 1 else ():
                 with live.made_as(f"gradients, {role}"):
                     for master in self.optimizers[role].masters.values():
-                        master.grad = torch.empty_like(master)
+                        master.grad = torch.empty_like(master, dtype=torch.float32)
             rng = ExitRng(run.seed, 0, f"{phase}{index}", range(run.batch_size), "cpu")
             rng.last = not first_exit
             draws = self.method.draw(phase, rng, self.batch.latent_shape, carry)
@@ -220,5 +221,7 @@ class Stage:
         """Count an update of a role, and drop its gradients."""
         optimizer = self.optimizers[role]
         parameters = sum(master.numel() for master in optimizer.masters.values())
-        self.live.phase.work += Work(traffic=UPDATE_BYTES[self.config.optim[role].name] * parameters)
+        stochastic = self.config.precision.master == "bf16-sr"
+        size = STOCHASTIC_BYTES if stochastic else UPDATE_BYTES[self.config.optim[role].name]
+        self.live.phase.work += Work(traffic=size * parameters)
         optimizer.adamw.zero_grad()

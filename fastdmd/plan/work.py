@@ -20,6 +20,7 @@ class Work:
     """FLOPs (multiply-adds x 2) by what computes them, and bytes of ops that compute little."""
 
     matmul: float = 0  # convolutions too
+    float8: float = 0  # products of eight bits
     attention: float = 0
     attention_backward: float = 0
     sparse: float = 0  # of video sparse attention, the pairs that it keeps
@@ -32,6 +33,7 @@ class Work:
     def add(self, other: "Work") -> None:
         """Add in place, for every op: `+` takes ten times as long."""
         self.matmul += other.matmul
+        self.float8 += other.float8
         self.attention += other.attention
         self.attention_backward += other.attention_backward
         self.sparse += other.sparse
@@ -46,7 +48,7 @@ class Work:
 
     @property
     def flops(self) -> float:
-        return self.matmul + self.attention + self.attention_backward + self.sparse + self.sparse_backward
+        return sum(getattr(self, f.name) for f in fields(self) if f.name != "traffic")
 
 
 def _dense(q: Tensor, k: Tensor) -> float:
@@ -63,6 +65,7 @@ def _sparse(q: Tensor, lists: Tensor, k: Tensor, tiles: Tensor) -> float:
 
 
 COUNTED: dict[Any, Callable[[Sequence[Any]], Work]] = {
+    torch.ops.aten._scaled_mm: lambda a: Work(float8=2.0 * a[0].numel() * a[1].shape[1]),
     torch.ops.fastdmd.attention: lambda a: Work(attention=_dense(a[0], a[1])),
     torch.ops.fastdmd.attention_backward: lambda a: Work(attention_backward=BACKWARD * _dense(a[1], a[2])),
     torch.ops.fastdmd.vsa_fine: lambda a: Work(sparse=_sparse(a[0], a[3], a[1], a[7])),

@@ -17,7 +17,7 @@ from fastdmd import config as configs
 from fastdmd.batch import Cond
 from fastdmd.data.encoded import read_folders, read_sample
 from fastdmd.data.table import Config
-from fastdmd.data.world import EncodedWorld, make_world
+from fastdmd.data.world import EncodedWorld, Model, make_world
 from fastdmd.models import component
 from fastdmd.models.family import AnyFamily
 from fastdmd.models.sdxl.family import SDXLFamily
@@ -34,7 +34,7 @@ VIDEO, IMAGE = (16, 2, 4, 6), (4, 4, 6)
 class Lengths(WanFamily):
     """Wan with an encoder of prompts' lengths in place of a folder's, and a VAE that returns its inputs."""
 
-    def encoder(self, path, device, dtype):
+    def encoder(self, path, device, dtype, codes=None):
         return lambda prompts: Cond(torch.tensor([len(p) for p in prompts]).view(-1, 1, 1))
 
     def decode(self, path, x0, device, dtype) -> Any:
@@ -62,7 +62,7 @@ def videos(tmp_path):
 class Images(SDXLFamily):
     """SDXL with no text encoder."""
 
-    def encoder(self, path, device, dtype):
+    def encoder(self, path, device, dtype, codes=None):
         return lambda prompts: Cond(torch.zeros(len(prompts), 1, 1))
 
 
@@ -72,7 +72,8 @@ def world(sources: tuple[str, ...], family: AnyFamily | None = None, **keys) -> 
     frames = None if family.latents.temporal is None else 5
     config = Config(sources=sources, frames=frames, resolution=(32, 48), **keys)
     assert list(config.problems()) == list(config.size_problems(family.latents)) == []
-    made = make_world(config, family, "wan", family.latents.shape(frames, (32, 48)), CPU, torch.float32)
+    shape = family.latents.shape(frames, (32, 48))
+    made = make_world(config, Model(family, "wan", CPU, torch.float32), shape)
     assert isinstance(made, EncodedWorld)
     return made
 

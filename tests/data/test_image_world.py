@@ -16,7 +16,7 @@ from fastdmd.batch import Cond
 from fastdmd.data import shapes
 from fastdmd.data.shapes import COLOURS, IMAGE_CAPTIONS, SHAPES, SPECKLE
 from fastdmd.data.table import Config
-from fastdmd.data.world import ShapesWorld, make_world
+from fastdmd.data.world import Model, ShapesWorld, make_world
 from fastdmd.models.families import FAMILIES
 from fastdmd.models.sdxl.folder import Noise
 from fastdmd.rng import Rng
@@ -31,7 +31,7 @@ CONFIG = Config(sources=("shapes",), resolution=SIZE)
 def images(**values: Any) -> ShapesWorld:
     config = replace(CONFIG, **values)
     shape = shapes.latents(False).shape(None, config.resolution)
-    world = make_world(config, FAMILIES["sdxl"], None, shape, CPU, torch.float32)
+    world = make_world(config, Model(FAMILIES["sdxl"], None, CPU, torch.float32), shape)
     assert isinstance(world, ShapesWorld)
     return world
 
@@ -75,7 +75,7 @@ def test_a_family_of_images_has_them_and_what_it_is_conditioned_on():
     assert WORLD.latent_shape == (3, H, W)
     shape = shapes.latents(True).shape(4, SIZE)
     config = Config(sources=("shapes",), resolution=SIZE, frames=4)
-    videos = make_world(config, FAMILIES["wan2.1"], None, shape, CPU, torch.float32)
+    videos = make_world(config, Model(FAMILIES["wan2.1"], None, CPU, torch.float32), shape)
     assert videos.latent_shape == shape == (3, 4, H, W)
     assert videos.cond(videos.prompts[:1]).pooled is None
 

@@ -169,3 +169,18 @@ def test_a_run_on_prompts_and_its_pictures(pipe, folder, tmp_path):
     assert not batch.uncond.pooled.any()
     for cond in (batch.cond, batch.uncond, run.world.cond(["a fox"] * 6)):
         assert cond.time_ids.tolist() == [[32, 48, 0, 0, 32, 48]] * 6
+
+
+@pytest.mark.parametrize("codes", [torch.int8, torch.float8_e4m3fn])
+def test_encoders_of_one_byte_a_weight_are_near(folder, codes):
+    """Every linear layer of both, which are most of their bytes."""
+    plain = FAMILIES["sdxl"].encoder(folder, CPU, torch.bfloat16)
+    low = FAMILIES["sdxl"].encoder(folder, CPU, torch.bfloat16, codes)
+    wanted, found = plain(PROMPTS), low(PROMPTS)
+    assert (found.text.dtype, found.pooled.dtype) == (torch.bfloat16, torch.bfloat16)
+    for one, other in ((found.text, wanted.text), (found.pooled, wanted.pooled)):
+        assert 0 < (one - other).float().norm() / other.float().norm() < 0.1
+    for _, model in low.parts:
+        kinds = {type(layer).__name__ for layer in model.modules()}
+        assert "Linear" not in kinds
+        assert "LowBitLinear" in kinds

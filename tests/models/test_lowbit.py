@@ -10,15 +10,17 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from fastdmd import config as configs
-from fastdmd import precision, train
+from fastdmd import train
 from fastdmd.export import export_student
-from fastdmd.models.lowbit import LowBitLinear, quantized, restored
+from fastdmd.models.lowbit import LowBitLinear, code_dtype, restored
+from fastdmd.models.products import coded_rows
 from fastdmd.models.wan import folder
 from fastdmd.plan import live
 from fastdmd.plan.step import trace
 from fastdmd.rng import Rng
 from fastdmd.run import Run, build
 
+CPU = torch.device("cpu")
 KINDS = pytest.mark.parametrize("kind", ["int8", "float8"])
 FULL = "memory.checkpointing='full'"
 
@@ -27,10 +29,10 @@ def made(kind, dtype=torch.float32, bias=True) -> tuple[LowBitLinear, nn.Linear]
     """Return a layer of one byte a weight, and the plain one of the weight that it computes with."""
     torch.manual_seed(0)
     plain = nn.Linear(48, 32, bias=bias).to(dtype)
-    low = LowBitLinear(plain, kind)
-    low.load(plain.weight, torch.device("cpu"))
+    low = LowBitLinear(plain, code_dtype(kind, CPU))
+    low.load(plain.weight, CPU)
     with torch.no_grad():
-        plain.weight.copy_(low.weight)
+        plain.weight.copy_(low.dense())
     return low, plain
 
 
@@ -38,7 +40,7 @@ def made(kind, dtype=torch.float32, bias=True) -> tuple[LowBitLinear, nn.Linear]
 def test_codes_are_within_half_a_step_of_the_weight(kind):
     torch.manual_seed(0)
     weight = torch.randn(64, 128) * torch.logspace(-3, 1, 64)[:, None]
-    codes, scale = quantized(weight, kind)
+    codes, scale = coded_rows(weight, code_dtype(kind, CPU))
     assert codes.element_size() == 1
     back = restored(codes, scale, torch.float32)
     step = scale if kind == "int8" else weight.abs() / 8 + scale * 2**-9  # three bits of mantissa
@@ -51,7 +53,7 @@ def test_codes_are_within_half_a_step_of_the_weight(kind):
 
 @KINDS
 def test_a_row_of_zeros_stays_zero(kind):
-    assert not restored(*quantized(torch.zeros(2, 4), kind), torch.float32).any()
+    assert not restored(*coded_rows(torch.zeros(2, 4), code_dtype(kind, CPU)), torch.float32).any()
 
 
 @KINDS
@@ -183,11 +185,3 @@ def test_it_is_refused_where_nothing_is_frozen(tmp_path):
         ValueError, match=r"precision.frozen: every network is trained whole; set student.train"
     ):
         make_config(tmp_path, "flow", "precision.frozen='int8'")
-
-
-def test_a_run_says_what_its_base_became(tmp_path, capsys):
-    keys = ("precision.frozen='int8'", "run.max_steps=1", "validation.teacher_reference=false")
-    train.train(make_config(tmp_path, "dmd_lora", *keys))
-    assert "precision.frozen = 'int8': a byte for each weight" in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"precision.frozen = 'float8': mps has no such numbers; use 'int8'"):
-        precision.notice(precision.Config(frozen="float8"), torch.device("mps"))

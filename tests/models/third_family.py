@@ -84,7 +84,7 @@ class DotsFamily(family.Family[Architecture, Dots, FlowSchedule]):
     def make_schedule(self, flow_shift, folder):
         return FlowSchedule(flow_shift)
 
-    def encoder(self, path, device, dtype):
+    def encoder(self, path, device, dtype, codes=None):
         return lambda prompts: family.Cond(shapes.embed(list(prompts)))
 
     def decode(self, path, x0, device, dtype):

@@ -162,7 +162,7 @@ def test_a_run_that_cannot_fit_is_refused_unless_forced(tmp_path, capsys):
 def on_a_gpu(monkeypatch, memory: int, name: str) -> None:
     """Let the head of a run see a GPU; the run itself is on the CPU."""
     monkeypatch.setattr(train, "pick_device", lambda name: torch.device("cuda"))
-    properties = SimpleNamespace(name=name, total_memory=memory)
+    properties = SimpleNamespace(name=name, total_memory=memory, major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
 
 

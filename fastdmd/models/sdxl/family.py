@@ -59,8 +59,10 @@ class SDXLFamily(family.Family[SDXLConfig, SDXL, VPSchedule]):
     def make_schedule(self, flow_shift: float | None, folder: Path | None) -> VPSchedule:
         return diffusers_folder.make_schedule(folder)
 
-    def encoder(self, path: str, device: torch.device, dtype: torch.dtype) -> family.Encoder:
-        return frozen.TextEncoder(path, device, dtype)
+    def encoder(
+        self, path: str, device: torch.device, dtype: torch.dtype, codes: torch.dtype | None = None
+    ) -> family.Encoder:
+        return frozen.TextEncoder(path, device, dtype, codes)
 
     def decode(self, path: str, x0: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         return frozen.decode(path, x0, device, dtype)

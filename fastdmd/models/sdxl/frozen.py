@@ -15,6 +15,7 @@ from torch import Tensor
 from fastdmd.batch import Cond
 from fastdmd.log import Progress
 from fastdmd.models.component import SAFE
+from fastdmd.models.lowbit import store_low_bit
 
 
 class TextEncoder:
@@ -24,7 +25,9 @@ class TextEncoder:
     prompt is zeros in both, as the other side of guidance is in SDXL's pipelines.
     """
 
-    def __init__(self, path: str, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, path: str, device: torch.device, dtype: torch.dtype, codes: torch.dtype | None = None
+    ) -> None:
         from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
         self.parts: list[tuple[Any, Any]] = []  # tokenizer, encoder
@@ -34,6 +37,8 @@ class TextEncoder:
                 path, subfolder=f"text_encoder{end}", dtype=dtype, attn_implementation="sdpa", **SAFE
             )
             tokenizer = CLIPTokenizer.from_pretrained(path, subfolder=f"tokenizer{end}", **SAFE)
+            if codes is not None:
+                store_low_bit(model, codes)
             self.parts.append((tokenizer, model.requires_grad_(False).eval()))
         self.device = device
 

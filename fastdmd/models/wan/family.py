@@ -58,8 +58,10 @@ class WanFamily(family.Family[WanConfig, Wan, FlowSchedule]):
         assert flow_shift is not None  # the configuration was checked
         return FlowSchedule(flow_shift)
 
-    def encoder(self, path: str, device: torch.device, dtype: torch.dtype) -> family.Encoder:
-        return frozen_parts.TextEncoder(path, device, dtype)
+    def encoder(
+        self, path: str, device: torch.device, dtype: torch.dtype, codes: torch.dtype | None = None
+    ) -> family.Encoder:
+        return frozen_parts.TextEncoder(path, device, dtype, codes)
 
     def decode(self, path: str, x0: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         return frozen_parts.decode(path, x0, device, dtype)

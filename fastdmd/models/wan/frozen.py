@@ -15,6 +15,7 @@ from torch import Tensor
 from fastdmd.batch import Cond
 from fastdmd.log import Progress
 from fastdmd.models.component import SAFE
+from fastdmd.models.lowbit import store_low_bit
 
 TEXT_TOKENS = 512
 
@@ -22,7 +23,9 @@ TEXT_TOKENS = 512
 class TextEncoder:
     """Prompts -> text [n, 512, D] on the host, zeros behind each prompt's last token, as Wan was trained."""
 
-    def __init__(self, path: str, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, path: str, device: torch.device, dtype: torch.dtype, codes: torch.dtype | None = None
+    ) -> None:
         from transformers import (
             T5TokenizerFast,  # pyright: ignore[reportAttributeAccessIssue]
             UMT5EncoderModel,
@@ -33,6 +36,8 @@ class TextEncoder:
             path, subfolder="text_encoder", dtype=dtype, attn_implementation="sdpa", **SAFE
         )
         self.model.requires_grad_(False).eval()
+        if codes is not None:
+            store_low_bit(self.model, codes)
         self.device = device
 
     @torch.no_grad()
