@@ -15,9 +15,12 @@ KINDS: Mapping[Kind, str] = {"shapes": "'shapes'", "prompts": "prompt files", "e
 
 
 def kind_of(source: str) -> Kind:
+    """Return the kind of a source; one that is elsewhere is a folder if its name has no ending."""
     if source == "shapes":
         return "shapes"
-    return "encoded" if Path(source).is_dir() else "prompts"
+    path = Path(source)
+    is_folder = path.is_dir() if path.exists() else not path.suffix
+    return "encoded" if is_folder else "prompts"
 
 
 @dataclass(frozen=True, kw_only=True)

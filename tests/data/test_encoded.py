@@ -16,7 +16,7 @@ from torch import Tensor
 from fastdmd import config as configs
 from fastdmd.batch import Cond
 from fastdmd.data.encoded import read_folders, read_sample
-from fastdmd.data.table import Config
+from fastdmd.data.table import Config, kind_of
 from fastdmd.data.world import EncodedWorld, Model, make_world
 from fastdmd.models import component
 from fastdmd.models.family import AnyFamily
@@ -270,3 +270,14 @@ def test_a_method_that_needs_latents_trains_on_them(tmp_path):
     assert first["train/loss_student"] > 0
     assert first["train/grad_norm_student"] > 0
     assert run.world.cond(["a cat"]).text.shape == (1, 512, 24)
+
+
+def test_a_source_that_is_elsewhere_is_a_folder_unless_its_name_has_an_ending(tmp_path):
+    """A plan is made where the data is not."""
+    assert kind_of("shapes") == "shapes"
+    assert kind_of(str(tmp_path / "wan_480p")) == "encoded"
+    assert kind_of(str(tmp_path / "prompts.txt")) == "prompts"
+    (tmp_path / "lines").write_text("a red fox\n")
+    (tmp_path / "v1.5").mkdir()
+    assert kind_of(str(tmp_path / "lines")) == "prompts"
+    assert kind_of(str(tmp_path / "v1.5")) == "encoded"
