@@ -16,8 +16,8 @@ test: .venv/.dev lint  ## everything that runs without a GPU, and the slowest 15
 capture: .venv/.dev  ## every method and phase as one graph per exit step: 15 minutes on 2 cores
 	$(BIN)/python -m pytest -n 2 --campaign tests/test_capture.py
 
-compiled: .venv/.dev  ## every tiny configuration compiled, five of them to machine code: 15 minutes on 2 cores
-	$(BIN)/python -m pytest -n 2 --campaign tests/test_compiled.py
+compiled: .venv/.dev  ## every tiny configuration compiled, five to machine code, two warmed: 20 minutes on 2 cores
+	$(BIN)/python -m pytest -n 2 --campaign tests/test_compiled.py tests/test_warm_graphs.py
 
 check: .venv/.dev lint  ## what a push is held to, in less than a minute: style, types, rules, methods, configurations
 	$(BIN)/python -m pytest -q -n 2 -m "not slow and not full_size" tests/methods tests/config tests/test_layering.py

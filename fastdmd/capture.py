@@ -24,6 +24,7 @@ Mode = Literal["off", "blocks", "step"]
 BACKEND = "inductor"
 COMPILED = ("cuda", "cpu")  # the devices that the compiler makes code for
 GRAPHS = 64  # of one code object; dynamo's own limit, 8, is a crash in DMD, where roles share one
+CACHED = ("hit", "miss", "bypass")
 READS = ("_local_scalar_dense", "nonzero", "equal", "item")  # ops that wait for the device
 
 
@@ -150,6 +151,16 @@ def graphs() -> int:
     from torch._dynamo.utils import counters
 
     return counters["stats"]["unique_graphs"]
+
+
+def cached() -> Counter[str]:
+    """Return how many graphs this process has found in torch's cache on disk, or compiled into it.
+
+    By "hit" and "miss", and "bypass" of those that the cache does not take.
+    """
+    from torch._dynamo.utils import counters
+
+    return Counter({kind: counters["aot_autograd"][f"autograd_cache_{kind}"] for kind in CACHED})
 
 
 def breaks() -> int:

@@ -188,15 +188,17 @@ def warm(
     config: Annotated[Path, typer.Argument(help="The TOML file of a run that will start later.")],
     overrides: Overrides = None,
     target: Annotated[
-        str | None, typer.Option(help="sm_90, sm_100, gfx942, ..; absent: this machine's GPU.")
+        str | None,
+        typer.Option(help="sm_90, sm_100, gfx942, ..: its kernels alone; absent: the device at hand."),
     ] = None,
 ) -> None:
-    """Compile the kernels that CONFIG's run needs into triton's cache before it starts."""
+    """Compile what CONFIG's run needs before it starts: kernels into triton's cache, graphs into torch's."""
     with user_errors():
         from fastdmd import config as configs
-        from fastdmd.warm import warm as compile_kernels
+        from fastdmd.warm_graphs import warm as compiled
 
-        print(compile_kernels(configs.load(config, overrides or ()), target))
+        for line in compiled(configs.load(config, overrides or (), elsewhere=True), target):
+            print(line, flush=True)
 
 
 @app.command()

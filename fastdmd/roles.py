@@ -18,7 +18,7 @@ from fastdmd.denoiser import Denoiser
 from fastdmd.methods import Method
 from fastdmd.methods.method import How
 from fastdmd.models import lora
-from fastdmd.models.component import Weights, read_into
+from fastdmd.models.component import Weights, random_weights, read_into
 from fastdmd.models.family import Options
 from fastdmd.models.lora import LoraConfig
 from fastdmd.models.lowbit import code_dtype, make_low_bit, make_products
@@ -51,6 +51,7 @@ class Place:
 
     device: torch.device
     dtype: torch.dtype
+    is_random: bool = False  # weights are drawn and not read, of folders too
 
     @property
     def is_meta(self) -> bool:
@@ -111,7 +112,7 @@ def build_nets(
 ) -> dict[str, Built]:
     """Build the network of each role, once for all roles on it.
 
-    depths: by role, at most so many of the blocks that are alike; on the meta device only.
+    depths: by role, at most so many of the blocks that are alike; where nothing is read.
     """
     built: dict[str, Built] = {}
     for network in dict.fromkeys(role.network for role in roles.values()):
@@ -164,12 +165,17 @@ def make_net(
     family, path, options = config.family, roles[0].path, merged_options(config, roles)
     assert options is not None
     if path is None and not place.is_meta:
-        return from_scratch(config, roles, options, place)
+        return from_scratch(config, roles, options, place, depth)
     architecture = read_architecture(config, roles[0])
     with torch.device("meta"):
         net = family.make(architecture if depth is None else architecture.shallow(depth), options)
     dense = any(role.options.tile is None for role in roles)
-    weights = None if place.is_meta else family.open_weights(Path(str(path)), net)
+    if place.is_meta:
+        weights = None
+    elif place.is_random:
+        weights = random_weights(net, Path(str(path)) / family.component, family.gate, place.device)
+    else:
+        weights = family.open_weights(Path(str(path)), net)
     if weights is not None and dense:
         refuse_gates(config, weights, roles)
     with torch.device("meta"):
@@ -251,7 +257,7 @@ def start_adapters(config: Config, net: Net, role: Role, place: Place) -> dict[s
         return {}
     names = lora.own_names(net, role.name)
     masters = lora.start_lora(net, role.name, config.run.seed, place.device, place.dtype)
-    if role.lora.path is not None:
+    if role.lora.path is not None and not place.is_random:
         shapes = {name: tuple(net.get_parameter(full).shape) for name, full in names.items()}
         read = lora.read_lora(Path(role.lora.path), config.family.lora_prefix, role.lora, shapes)
         for name, value in read.items():
@@ -262,13 +268,16 @@ def start_adapters(config: Config, net: Net, role: Role, place: Place) -> dict[s
 
 
 def from_scratch(
-    config: Config, roles: Sequence[Role], options: Options, place: Place
+    config: Config, roles: Sequence[Role], options: Options, place: Place, depth: int | None
 ) -> tuple[Net, dict[str, Tensor]]:
     """Return a network with random weights from the seed, and its masters."""
     assert not any(role.lora for role in roles)  # the configuration was checked
+    architecture = read_architecture(config, roles[0])
+    if depth is not None:
+        architecture = architecture.shallow(depth)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
-        net = config.family.make(read_architecture(config, roles[0]), options).start_from_scratch()
+        net = config.family.make(architecture, options).start_from_scratch()
     net.to(place.device)
     masters = cast(net, place.dtype)
     take_low_precision(config, net, place, frozen=False)

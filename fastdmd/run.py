@@ -1,6 +1,6 @@
 """A run: its configuration, world, method, networks and optimizers, at a step."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import torch
 
 from fastdmd.capture import Capture, mode_on
 from fastdmd.config import Config
+from fastdmd.data.synthetic import make_synthetic
 from fastdmd.data.world import Model, World, make_world
 from fastdmd.denoiser import Denoiser
 from fastdmd.device import pick_device
@@ -16,7 +17,7 @@ from fastdmd.methods.method import TRAINABLE, cycle
 from fastdmd.models.lowbit import code_dtype
 from fastdmd.optim import EMA, Optimizer
 from fastdmd.rng import seed_of
-from fastdmd.roles import Built, Place, build_nets, roles_of
+from fastdmd.roles import Built, Place, build_nets, read_architecture, roles_of
 from fastdmd.schedule import Schedule
 
 
@@ -54,19 +55,40 @@ class Run:
 def build(config: Config, only: Collection[str] | None = None) -> Run:
     """Build the networks, data and optimizers of a run, at step 0; of the roles `only`, absent: of all."""
     place = Place(pick_device(config.run.device), config.precision.dtype)
-    schedule, method = config.make_schedule(), config.make_method()
     roles = {name: role for name, role in roles_of(config).items() if only is None or name in only}
-    built = build_nets(config, roles, method, schedule, place)
+    built = build_nets(config, roles, config.make_method(), config.make_schedule(), place)
+    stored = config.precision.text_encoder
+    codes = None if stored == "compute" else code_dtype(stored, place.device)
+    model = Model(config.family, config.model.path, place.device, place.dtype, codes)
+    world = make_world(config.data, model, config.latent_shape())
+    return assemble(config, place, built, world)
+
+
+def build_synthetic(config: Config, depths: Mapping[str, int] | None = None) -> Run:
+    """Build a run with random weights and inputs: it computes what the run does, and reads no weights.
+
+    depths: of `build_nets`.
+    """
+    place = Place(pick_device(config.run.device), config.precision.dtype, is_random=True)
+    roles = roles_of(config)
+    built = build_nets(config, roles, config.make_method(), config.make_schedule(), place, depths)
+    architecture = read_architecture(config, roles["student"])
+    world = make_synthetic(
+        config.data, config.family, architecture, config.latent_shape(), place.device, place.dtype
+    )
+    return assemble(config, place, built, world)
+
+
+def assemble(config: Config, place: Place, built: Mapping[str, Built], world: World) -> Run:
+    """Return a run at step 0 from its networks and data."""
+    method = config.make_method()
     nets = {name: each.denoiser for name, each in built.items()}
     optimizers = {
         name: make_optimizer(config, name, each) for name, each in built.items() if name in TRAINABLE
     }
     ema = EMA(optimizers["student"].masters, config.ema) if config.ema and "student" in built else None
-    stored = config.precision.text_encoder
-    codes = None if stored == "compute" else code_dtype(stored, place.device)
-    model = Model(config.family, config.model.path, place.device, place.dtype, codes)
-    world = make_world(config.data, model, config.latent_shape())
     capture = Capture(mode_on(config.compile, place.device), method, len(cycle(method)))
+    schedule = config.make_schedule()
     run = Run(config, place.device, world, method, schedule, nets, optimizers, ema, capture)
     set_sparsity(run)
     return run

@@ -1,7 +1,6 @@
-"""Compile what a run will need before it starts: a step of it on the meta device.
+"""Compile the kernels that a run will need before it starts: a step of it on the meta device.
 
-There kernels compile and do not run. Nothing is loaded but the shapes, so it takes no GPU and no weights: a
-job that starts later compiles nothing.
+There they compile and do not run. Nothing is loaded but the shapes, so it takes no GPU and no weights.
 """
 
 from collections.abc import Sequence
@@ -106,7 +105,7 @@ def sparsities(config: Config) -> set[float]:
     return {config.vsa.sparsity_at(step) for step in range(0, config.run.max_steps, every)}
 
 
-def warm(config: Config, target: str | None) -> str:
+def warm_kernels(config: Config, target: str | None) -> str:
     """Compile for `target` ("sm_90", "gfx942", ..), or for this machine's GPU; return what was done."""
     from fastdmd_kernels.triton_warm import compiling, this_gpu  # triton is not everywhere
 

@@ -1,10 +1,11 @@
 """One network of a diffusers folder, FOLDER/NAME: its config.json and weights; and the folder's index."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Container, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -64,12 +65,13 @@ class Weights:
     def renamed(self, change: Callable[[str], str]) -> "Weights":
         """Return the same tensors by other names."""
         shapes = {change(name): shape for name, shape in self.shapes.items()}
-        return Weights(self.path, shapes, {change(name): place for name, place in self.places.items()})
+        places = {change(name): place for name, place in self.places.items()}
+        return replace(self, shapes=shapes, places=places)
 
     def with_zeros(self, shapes: Mapping[str, tuple[int, ...]]) -> "Weights":
         """Return them with zeros of these shapes beside."""
         places = {**self.places, **dict.fromkeys(shapes)}
-        return Weights(self.path, {**self.shapes, **shapes}, places)
+        return replace(self, shapes={**self.shapes, **shapes}, places=places)
 
     def zeros(self) -> set[str]:
         """Return the names of the tensors that are in no file."""
@@ -78,7 +80,7 @@ class Weights:
     def without(self, names: Container[str]) -> "Weights":
         """Return the tensors but for some."""
         shapes = {name: shape for name, shape in self.shapes.items() if name not in names}
-        return Weights(self.path, shapes, {name: self.places[name] for name in shapes})
+        return replace(self, shapes=shapes, places={name: self.places[name] for name in shapes})
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Read every tensor once, file by file; only one is in memory at a time."""
@@ -108,6 +110,33 @@ class Weights:
                 f"{self.path.parent}: the weights of {self.path.name} do not fit its config.json: "
                 f"{', '.join(wrong[:3])}{more}; download or save the folder again"
             )
+
+
+@dataclass(frozen=True)
+class RandomWeights(Weights):
+    """Weights of no file, for what depends on shapes alone. Products keep the scale of what they take."""
+
+    device: torch.device
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        generator = torch.Generator(self.device).manual_seed(0)
+        for name, place in self.places.items():
+            shape = self.shapes[name]
+            if place is None or (len(shape) == 1 and not name.endswith("weight")):
+                yield name, torch.zeros(shape, device=self.device)
+            elif len(shape) == 1:  # of a norm
+                yield name, torch.ones(shape, device=self.device)
+            else:
+                value = torch.randn(shape, generator=generator, device=self.device)
+                yield name, value / math.prod(shape[1:]) ** 0.5
+
+
+def random_weights(net: Net, path: Path, gate: str | None, device: torch.device) -> Weights:
+    """Return random weights of a network, made on a device, but zeros for gates of sparse attention."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
+    gates = {name for name in shapes if gate is not None and f".{gate}." in name}
+    places = {name: None if name in gates else (path, name) for name in shapes}
+    return RandomWeights(path, shapes, places, device)
 
 
 def open_weights(path: Path) -> Weights:

@@ -10,7 +10,7 @@ import torch
 from fastdmd.config import Config
 from fastdmd.files import write_atomic
 from fastdmd.plan import report
-from fastdmd.plan.estimate import make_plan
+from fastdmd.plan.estimate import Plan, make_plan
 from fastdmd.plan.gpus import GPU, GPUS, NAMES
 from fastdmd.plan.levers import in_two_calls, remedies
 
@@ -33,17 +33,7 @@ def preflight(config: Config, name: str, gpu: GPU, force: bool) -> Config:
 
     Raise ValueError for a run that cannot fit, with what would make it smaller, unless `force`.
     """
-    plan = make_plan(config)
-    if not plan.fits(gpu) and config.memory.guidance == "auto":
-        split = in_two_calls(config)
-        smaller = make_plan(split)
-        if smaller.fits(gpu):
-            saved = (plan.peak - smaller.peak) / 1e9
-            print(
-                f"memory.guidance = 'two_calls', which saves {saved:.1f} GB: one would not fit",
-                file=sys.stderr,
-            )
-            config, plan = split, smaller
+    config, plan = settled(config, gpu)
     print(*report.lines(config, plan, name, gpu), sep="\n", file=sys.stderr)
     for line in report.warnings(config, plan):
         print(f"warning: {line}", file=sys.stderr)
@@ -56,6 +46,20 @@ def preflight(config: Config, name: str, gpu: GPU, force: bool) -> Config:
     text = json.dumps(report.as_json(config, plan, name, gpu), indent=1)
     write_atomic(Path(config.run.output_dir) / FILE, text + "\n")
     return config
+
+
+def settled(config: Config, gpu: GPU) -> tuple[Config, Plan]:
+    """Return a configuration with guidance in two calls where one would not fit, and its plan."""
+    plan = make_plan(config)
+    if plan.fits(gpu) or config.memory.guidance != "auto":
+        return config, plan
+    split = in_two_calls(config)
+    smaller = make_plan(split)
+    if not smaller.fits(gpu):
+        return config, plan
+    saved = (plan.peak - smaller.peak) / 1e9
+    print(f"memory.guidance = 'two_calls', which saves {saved:.1f} GB: one would not fit", file=sys.stderr)
+    return split, smaller
 
 
 def planned_gb(folder: Path) -> float | None:
