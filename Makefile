@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet
 
-.PHONY: aot bench capture check compiled demo gpu lint style test
+.PHONY: aot bench capture check compiled demo gpu lint step style test
 
 demo: .venv/.run  ## distil the tiny Wan teacher to 3 steps: table, runs/tiny_dmd/report.html
 	$(BIN)/fastdmd train configs/tiny_dmd.toml
@@ -39,6 +39,19 @@ gpu: $(if $(filter $(BIN)/%,$(PY)),.venv/.dev)  ## on this GPU: correctness, the
 	tail -n 40 build/gpu/bench.log; \
 	$(HERE) -m bench.report build/gpu/*.jsonl > build/gpu/report.txt; cat build/gpu/report.txt; \
 	exit $$((tests + bench))
+
+# a cycle of Wan 1.3B at 81x480x832 before and after each measure, then 14B on one card; config.json alone
+STEP := $(HERE) -m bench.step
+ONCE := run.grad_accum=1 --cycles 1
+WAN := configs/wan1_3b_dmd_full.toml model.path="'bench/models/wan1_3b'"
+FAST := memory.checkpointing="'selective'" compile.mode="'blocks'"
+VSA := vsa.sparsity=0.8 model.attention.student="'vsa'" model.attention.critic="'vsa'"
+
+step: $(if $(filter $(BIN)/%,$(PY)),.venv/.dev)  ## on this GPU: a cycle of a run, bench/results/step.jsonl
+	$(STEP) $(WAN) $(ONCE) --diffusers
+	$(STEP) $(WAN) $(FAST) $(ONCE)
+	$(STEP) $(WAN) $(FAST) $(VSA) $(ONCE)
+	$(STEP) configs/wan14b_dmd.toml model.path="'bench/models/wan14b'" $(ONCE)
 
 # `make aot TRITON=3.9.0` compiles with another triton than .venv's, which it installs beside, in build/triton-3.9.0
 BUILD := build$(TRITON:%=/triton-%)

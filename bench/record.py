@@ -16,7 +16,7 @@ import torch
 from fastdmd_kernels import dispatch
 
 REPOSITORY = Path(__file__).parent.parent
-PACKAGES = ("torch", "triton", "xformers", "pytest-benchmark")
+PACKAGES = ("torch", "triton", "diffusers", "torchao", "xformers", "pytest-benchmark")
 NAMES = {"float32": "fp32", "mixed": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -49,8 +49,8 @@ def git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def machine(device: torch.device) -> dict[str, object]:
-    """Return what is the same in all lines of a session."""
+def machine(device: torch.device, module: str = "pytest") -> dict[str, object]:
+    """Return what is the same in all lines of a session, whose command is `python -m` a module."""
     changes = git("status", "--porcelain")
     return {
         "device": device_name(device),
@@ -63,7 +63,7 @@ def machine(device: torch.device) -> dict[str, object]:
         },
         "commit": git("rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),
-        "command": shlex.join(["python", "-m", "pytest", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("files", type=Path, nargs="*", help="default: all of bench/results")
     parser.add_argument("--markdown", action="store_true")
     arguments = parser.parse_args()
-    known = sorted(p for p in (HERE / "results").glob("*.jsonl") if p.name != "proof.jsonl")  # of methods
+    known = sorted(p for p in (HERE / "results").glob("*.jsonl") if p.stem not in ("proof", "step"))
     files = arguments.files or known
     print(text(rows(read(files)), arguments.markdown))
 

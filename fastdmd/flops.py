@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,13 @@ from fastdmd.rng import Rng
 from fastdmd.run import Run
 
 
+class Flops(NamedTuple):
+    """What calls of a network cost, and the backwards that come to them."""
+
+    forward: int
+    backward: int
+
+
 class Shapes(Net):
     """Stand in for a network: count each call by its shapes, and answer in the right ones.
 
@@ -24,7 +31,7 @@ class Shapes(Net):
     def __init__(self, net: Net, learns: bool, device: torch.device, adapters: bool = False) -> None:
         super().__init__()
         self.real: Any = (net,)  # in a tuple: it is no part of this module
-        self.counted = 0
+        self.count = Flops(0, 0)
         self.widths = net.widths
         self.adapters = adapters
         self.weight = nn.Parameter(torch.ones((), device=device), requires_grad=learns)
@@ -46,10 +53,11 @@ class Shapes(Net):
 
     def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond, call: Call = PLAIN) -> Out:
         F = x_t * self.weight
-        passes = 1
+        flops = self.flops(x_t.shape, cond.text.shape[1], call)
+        sides = 0
         if F.requires_grad:
-            passes += 2 if self.weight.requires_grad and not self.adapters else 1
-        self.counted += passes * self.flops(x_t.shape, cond.text.shape[1], call)
+            sides = 2 if self.weight.requires_grad and not self.adapters else 1
+        self.count = Flops(self.count.forward + flops, self.count.backward + sides * flops)
         if call.write:
             call.cache.tokens += math.prod(self.real[0].grid(x_t.shape))
         inside = F.flatten(1).mean(1)[:, None, None]
@@ -57,13 +65,19 @@ class Shapes(Net):
 
 
 def step_flops(run: Run) -> int:
-    """Return the FLOPs of the step to come.
+    """Return the FLOPs of the step to come."""
+    return sum(sum(count) for _, roles in phase_flops(run) for count in roles.values())
+
+
+def phase_flops(run: Run) -> list[tuple[str, dict[str, Flops]]]:
+    """Return the phases of the step to come, each with the FLOPs of its roles, of all micro-batches.
 
     Its draws are functions of their address, and are made again for it.
     """
-    config, counted = run.config.run, 0
+    config = run.config.run
     micro = range(config.batch_size)
     batch = run.world.batch(Rng(config.seed, run.step, "data", micro, "cpu"))
+    found: list[tuple[str, dict[str, Flops]]] = []
     carry: dict[str, Any] = {}
     for index, phase in enumerate(run.method.phases(run.step)):
         trained, nets = run.method.trains(phase), dict(run.nets)
@@ -74,5 +88,8 @@ def step_flops(run: Run) -> int:
                 nets[role].keep(denoiser.sparsity, batch.latent_shape)
         rng = Rng(config.seed, run.step, f"{phase}{index}", micro, run.device)
         run.method.loss(phase, nets, batch, run.method.draw(phase, rng, batch.latent_shape, carry), carry)
-        counted += sum(d.net.counted for d in nets.values() if isinstance(d.net, Shapes))
-    return config.grad_accum * counted
+        counts = {role: d.net.count for role, d in nets.items() if isinstance(d.net, Shapes)}
+        found.append(
+            (phase, {role: Flops(*(config.grad_accum * n for n in c)) for role, c in counts.items()})
+        )
+    return found

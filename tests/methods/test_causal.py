@@ -291,7 +291,7 @@ def test_flops_are_counted(student):
     counted = Shapes(student.net, True, torch.device("cpu"))
     roll(Denoiser(counted, student.schedule))
     calls = student.net.calls
-    assert counted.counted == sum(forward(c.x_t.shape, c.first) * (3 if c.grad else 1) for c in calls)
+    assert sum(counted.count) == sum(forward(c.x_t.shape, c.first) * (3 if c.grad else 1) for c in calls)
     L, width, layers = 8, CONFIG.width, CONFIG.num_layers
     alone = student.net.flops((2, 3, 2, 4, 4), TOKENS)
     assert forward((2, 3, 2, 4, 4), 8) - alone == 2 * layers * 4 * L * 8 * width
