@@ -50,6 +50,7 @@ VSA := vsa.sparsity=0.8 model.attention.student="'vsa'" model.attention.critic="
 step: $(if $(filter $(BIN)/%,$(PY)),.venv/.dev)  ## on this GPU: a cycle of a run, bench/results/step.jsonl
 	$(STEP) $(WAN) $(ONCE) --diffusers
 	$(STEP) $(WAN) $(FAST) $(ONCE)
+	$(STEP) $(WAN) $(FAST) precision.linear="'float8'" $(ONCE)
 	$(STEP) $(WAN) $(FAST) $(VSA) $(ONCE)
 	$(STEP) configs/wan14b_dmd.toml model.path="'bench/models/wan14b'" $(ONCE)
 
