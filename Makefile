@@ -4,6 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet
 
 .PHONY: aot bench capture check compiled demo gpu lint step style test
+.PHONY: aot bench capture check compiled demo gpu lint regress style test
 
 demo: .venv/.run  ## distil the tiny Wan teacher to 3 steps: table, runs/tiny_dmd/report.html
 	$(BIN)/fastdmd train configs/tiny_dmd.toml
@@ -30,6 +31,9 @@ BENCH := $(HERE) -m pytest bench/kernels.py --benchmark-quiet
 bench: .venv/.dev  ## on this CPU: the torch backends beside their references, bench/results/<cpu>.jsonl
 	$(BENCH) --plan cpu
 	$(HERE) -m bench.report
+
+regress: .venv/.dev  ## counts of launches, bytes, calls, graphs, peaks, registers against bench/results/regress.json
+	$(HERE) -m bench.regress
 
 gpu: $(if $(filter $(BIN)/%,$(PY)),.venv/.dev)  ## on this GPU: correctness, then all benchmarks; build/gpu, bench/results
 	@mkdir -p build/gpu

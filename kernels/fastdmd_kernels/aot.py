@@ -73,16 +73,15 @@ def compile_spec(spec: Spec, target: str) -> tuple[bytes, Record]:
             compiled = triton.compile(source, target=gpu, options=dict(spec.options))
         if gpu.backend == "cuda":
             binary = compiled.asm["cubin"]
-            resources = aot_resources.nvidia(
-                compiled.asm["ptx"], _disassemble(binary), log.getvalue(), binary
-            )
+            resources = aot_resources.nvidia(compiled.asm["ptx"], disassemble(binary), log.getvalue(), binary)
         else:
             binary = compiled.asm["hsaco"]
             resources = aot_resources.amd(compiled.asm["amdgcn"], binary)
     return binary, {"error": "", "shared_bytes": compiled.metadata.shared, **resources.as_dict()}
 
 
-def _disassemble(cubin: bytes) -> str:
+def disassemble(cubin: bytes) -> str:
+    """Return the machine code of an NVIDIA binary as text."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

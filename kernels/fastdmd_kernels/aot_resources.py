@@ -33,6 +33,7 @@ class Resources:
 _SASS_MMA = re.compile(r"\b(?:[HIQD]GMMA|UTC\w*MMA|[HIQD]MMA)\b")
 _SASS_COPY = re.compile(r"\b(?:LDGSTS|UTMALDG|UBLKCP)\b")
 _SASS_LABEL, _SASS_BRANCH = re.compile(r"^\s*(\.L_\w+):"), re.compile(r"\bBRA\b.*?(\.L_\w+)")
+_SASS_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s")
 _AMD_MMA = re.compile(r"\bv_mfma_")
 _AMD_COPY = re.compile(r"\bbuffer_load_\w+ .*\blds\b|\bglobal_load_lds_")
 _AMD_LABEL, _AMD_BRANCH = re.compile(r"^(\.LBB\w+):"), re.compile(r"\bs_c?branch\w*\s+(\.LBB\w+)")
@@ -57,6 +58,18 @@ def nvidia(ptx: str, sass: str, log: str, cubin: bytes) -> Resources:
         code_bytes=_code_bytes(cubin),
         serialized=[line.strip() for line in log.splitlines() if "serializ" in line.lower()],
     )
+
+
+def multiplying_loop(sass: str) -> int:
+    """Return the instructions of the shortest loop of NVIDIA code that multiplies matrices; 0 for none.
+
+    It is the loop over tiles: waits stand behind the code, out of line, and branch back into it, which looks
+    like longer loops.
+    """
+    lines = sass.splitlines()
+    bodies = [lines[first : last + 1] for first, last in _loops(lines, _SASS_LABEL, _SASS_BRANCH)]
+    lengths = (_count(_SASS_INSTRUCTION, body) for body in bodies if _count(_SASS_MMA, body))
+    return min(lengths, default=0)
 
 
 def amd(assembly: str, hsaco: bytes) -> Resources:

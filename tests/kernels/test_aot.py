@@ -217,6 +217,15 @@ def test_a_copy_around_the_inner_loop_is_not_one_in_it():
     assert aot_resources.nvidia(PTX, outer, LOG, elf(b"")).loop_async_copies == 0
 
 
+def test_the_loop_that_multiplies_is_the_shortest_one():
+    """Neither the waits, of which there are shorter ones, nor what branches back from behind the code."""
+    lines = SASS.replace("COPY", "MUFU.EX2 R1, R2 ;").splitlines()
+    code = "\n".join(f"        /*{i:04x}*/  {x}" if ";" in x else x for i, x in enumerate(lines))
+    behind = code + "\n        /*00ff*/  BRA `(.L_x_0) ;"
+    assert aot_resources.multiplying_loop(code) == aot_resources.multiplying_loop(behind) == 5
+    assert aot_resources.multiplying_loop(code.replace("HGMMA", "FFMA")) == 0
+
+
 def test_serialized_wgmma_is_read_from_the_log():
     line = (
         "ptxas info    : (C7510) Potential Performance Loss: "
