@@ -3,13 +3,16 @@
 Counts (launches and bytes of a block, network calls, host reads, graphs, planned peaks, registers of kernels)
 have to be equal exactly, on any machine: fewer too is a change, and asks for a new baseline. What depends on
 the version of torch or triton is held to a baseline of that version; the table says where there is none.
+
+`--times` is another check: ops beside reference workloads in one run (`ratios.py`), on this CPU or GPU, which
+needs a baseline of the same model. An op is slower where it is more than 5 % above it three times in a row.
 """
 
 import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,12 +21,16 @@ from typing import Any
 import pytest_benchmark
 import torch
 from pytest_benchmark.stats import Stats
+from pytest_benchmark.utils import parse_compare_fail
 
-from bench import counts, record
+from bench import counts, ratios, record
 from bench.counts import Part
 
-BASELINE = Path(__file__).parent / "results" / "regress.json"
+RESULTS = Path(__file__).parent / "results"
+BASELINE = RESULTS / "regress.json"
 STORE = "python -m bench.regress --store"
+SLOWER = parse_compare_fail("median:5%")
+TRIES = 3
 HEADER = ("", "baseline", "here", "change")
 
 
@@ -81,8 +88,12 @@ def compare(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]
             rows.append(Row(name, base["version"], extra["version"], "not comparable", fails=False))
             continue
         rows += differences(name, base["counts"], extra["counts"])
-    absent = known.keys() - {each["name"] for each in now}
-    return rows + [Row(name, "-", "-", f"not counted any more; store: {STORE}") for name in sorted(absent)]
+    return rows + gone(known.keys() - {each["name"] for each in now}, STORE)
+
+
+def gone(names: Collection[str], command: str) -> list[Row]:
+    """Return a row for each name that the baseline alone has."""
+    return [Row(name, "-", "-", f"not measured any more; store: {command}") for name in sorted(names)]
 
 
 def differences(part: str, before: Mapping[str, float], now: Mapping[str, float]) -> list[Row]:
@@ -120,9 +131,57 @@ def read(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8"))["benchmarks"] if path.is_file() else []
 
 
-def store(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+def times_file(device: torch.device) -> Path:
+    """Return the baseline of a model of GPU or CPU."""
+    return RESULTS / f"times-{Path(record.file_name(device)).stem}.json"
+
+
+def measure_times(device: torch.device, tries: int) -> list[dict[str, Any]]:
+    """Return an entry for each op, of the median of its ratios from several tries."""
+    version = f"torch {torch.__version__.split('+')[0]}"
+    found: dict[str, list[float]] = {name: [] for name in ratios.PAIRS}
+    for _ in range(tries):
+        for name, each in ratios.measure(device, tuple(found)).items():
+            found[name] += each
+    return [entry(name, each, {"version": version}) for name, each in found.items()]
+
+
+def compare_times(before: Sequence[Mapping[str, Any]], device: torch.device) -> list[Row]:
+    """Return a row for each op: measured again where it seems slower, and then the best of all tries."""
+    known = {each["name"]: each for each in before}
+    rows: list[Row] = []
+    for now in measure_times(device, 1):
+        name, version = now["name"], now["extra_info"]["version"]
+        if name not in known:
+            rows.append(
+                Row(name, "-", ratio(now), f"no baseline of this machine; store one: {STORE} --times")
+            )
+            continue
+        base = known[name]
+        if base["extra_info"]["version"] != version:
+            rows.append(Row(name, base["extra_info"]["version"], version, "not comparable", fails=False))
+            continue
+        best = now
+        for _ in range(TRIES - 1):
+            if not SLOWER.fails(best["stats"], base["stats"]):
+                break
+            again = entry(name, ratios.measure(device, [name])[name], now["extra_info"])
+            best = min(best, again, key=lambda each: each["stats"]["median"])
+        change = best["stats"]["median"] / base["stats"]["median"] - 1
+        slower = SLOWER.fails(best["stats"], base["stats"]) is not None
+        rows.append(
+            Row(name, ratio(base), ratio(best), f"{'SLOWER ' if slower else ''}{change:+.1%}", slower)
+        )
+    return rows
+
+
+def ratio(each: Mapping[str, Any]) -> str:
+    return f"{each['stats']['median']:.3f}"
+
+
+def store(path: Path, entries: Sequence[Mapping[str, Any]], device: torch.device) -> None:
     """Write a baseline as pytest-benchmark's JSON."""
-    about = record.machine(torch.device("cpu"))
+    about = record.machine(device)
     whole = {
         "machine_info": {key: about[key] for key in ("device", "versions")},
         "commit_info": {"id": about["commit"], "dirty": about["dirty"]},
@@ -147,15 +206,29 @@ def report(rows: Sequence[Row], checked: int) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.regress", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--times", action="store_true", help="the times of ops on this machine, not the counts"
+    )
     parser.add_argument("--store", action="store_true", help="write what is found as the new baseline")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    if options.times:
+        return times(options.store)
     entries = measure(counts.PARTS)
     if options.store:
-        store(BASELINE, entries)
+        store(BASELINE, entries, torch.device("cpu"))
         return 0
     checked = sum(len(each["extra_info"]["counts"]) for each in entries)
     return report(compare(read(BASELINE), entries), checked)
+
+
+def times(stores: bool) -> int:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    path = times_file(device)
+    if stores:
+        store(path, measure_times(device, 2 * TRIES), device)
+        return 0
+    return report(compare_times(read(path), device), len(ratios.PAIRS))
 
 
 if __name__ == "__main__":
