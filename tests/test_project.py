@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml  # huggingface-hub needs it
 from packaging.requirements import Requirement  # pytest needs it
 
 REPOSITORY = Path(__file__).parent.parent
@@ -75,13 +76,27 @@ def test_the_project_s_own_torch_is_installed_first_and_is_one_that_it_takes():
     assert makefile.index("$(PIP) torch==$(TORCH)\n") < makefile.index("$(PIP) --editable .\n")
 
 
+def ci() -> list[str]:
+    return (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+
+
 def test_ci_requires_what_tests_would_be_skipped_without():
-    command = (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8").splitlines()[-1]
+    command, last = ci()[-2:]
     assert command == 'make test PYTEST="--require=triton,torchao,liger_kernel,tensorboard,wandb"'
-    skipped = set()
-    for path in (REPOSITORY / "tests").rglob("test_*.py"):
-        skipped |= set(re.findall(r'importorskip\("(\w+)"\)', path.read_text(encoding="utf-8")))
-    assert skipped == {"triton", "torchao", "liger_kernel", "tensorboard", "wandb"}
+    assert last == "make regress"
+
+
+def test_workflows_run_what_there_is():
+    """A push is held to what CI runs here; a GPU's runner to the kernels and their times."""
+    found = {}
+    for path in sorted((REPOSITORY / ".github" / "workflows").glob("*.yml")):
+        [job] = yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"].values()
+        found[path.stem] = [step["run"] for step in job["steps"] if "run" in step]
+    assert found == {"cpu": [".ci/run"], "gpu": ["make gpu", ".venv/bin/python -m bench.regress --times"]}
+    targets = re.findall(r"^(\w+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    made = [line.split()[1] for line in (*ci(), *found["gpu"]) if line.startswith("make ")]
+    assert {"test", "regress", "gpu"} == set(made) <= set(targets)
+    assert (REPOSITORY / ".ci" / "run").stat().st_mode & 0o100
 
 
 @pytest.mark.parametrize(("required", "code"), [("json,torch", 0), ("json,no_such_module", 4)])
