@@ -3,8 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet
 
-.PHONY: aot bench capture check compiled demo gpu lint step style test
-.PHONY: aot bench capture check compiled demo gpu lint regress style test
+.PHONY: aot bench capture check compiled demo gpu lint regress step style test
 
 demo: .venv/.run  ## distil the tiny Wan teacher to 3 steps: table, runs/tiny_dmd/report.html
 	$(BIN)/fastdmd train configs/tiny_dmd.toml
