@@ -147,7 +147,9 @@ def deep(here: Path, *overrides: str, layers: int = 3) -> Config:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("memory", [(), (FULL,), (SELECTIVE,)], ids=str)
+@pytest.mark.parametrize(
+    "memory", [(), *(pytest.param((key,), marks=pytest.mark.campaign) for key in (FULL, SELECTIVE))], ids=str
+)
 def test_blocks_share_graphs_and_ten_steps_compile_once(tmp_path, capsys, memory):
     """Four blocks have the graphs of two: at most one per role, grad mode, batch and gradient flags.
 
@@ -183,6 +185,7 @@ def test_a_recompilation_after_the_first_cycle_is_a_warning_with_its_guard(tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.campaign
 def test_the_first_graph_of_an_exit_is_no_recompilation(tmp_path, capsys):
     """Three exits of a rollout are not all met in the first cycle."""
     run = build(make_config(tmp_path, "dmd", "compile.mode='step'"))

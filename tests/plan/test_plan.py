@@ -25,10 +25,12 @@ from fastdmd.plan.work import Work
 from fastdmd.warm import nets_on_meta
 
 ONE = GPU(
+    target="sm_90",
     memory=10**9,
     peak_matmul=2e6,
     peak_bandwidth=7e6,
     matmul=1e6,
+    float8=1.5e6,
     attention=2e6,
     attention_backward=3e6,
     sparse=4e6,
@@ -74,15 +76,18 @@ def test_what_a_checkpoint_recomputes_is_a_forward_of_the_blocks():
 
 
 def test_time_is_work_over_rates():
-    work = Work(1e6, 4e6, 9e6, 16e6, 25e6, 36e6)
+    work = Work(1e6, 10.5e6, 4e6, 9e6, 16e6, 25e6, 36e6)
+    assert work.flops == 65.5e6
     assert ONE.seconds(work) == {
-        "products": 1.0,
+        "products": 1.0 + 7.0,
         "dense attention": 2.0 + 3.0,
         "sparse attention": 4.0 + 5.0,
         "elementwise traffic": 6.0,
     }
     assert set(GPUS) == {"h100", "h200", "b200", "a100", "mi300x", "rtx5090", "rtx4090"}
     assert all(gpu.sparse < gpu.attention < gpu.matmul < gpu.peak_matmul for gpu in GPUS.values())
+    assert {name for name, gpu in GPUS.items() if gpu.float8 == gpu.matmul} == {"a100"}  # it has no float8
+    assert all(1 <= gpu.float8 / gpu.matmul <= 2 for gpu in GPUS.values())
     assert all(0.7 < gpu.bandwidth / gpu.peak_bandwidth < 0.95 for gpu in GPUS.values())
     known = {key: GPUS[key.lower()].peak_matmul for key in BF16_PEAK if key.lower() in GPUS}
     assert known == {key: BF16_PEAK[key] for key in known}
