@@ -28,7 +28,8 @@ class Config:
     compute: Literal["bf16", "fp32"] = "bf16"  # weights and activations of the networks
     # of linear layers that no role trains: as `compute`, or one byte a weight, which saves memory and no time
     frozen: Stored = "compute"
-    # of products of the linear layers of blocks, which are large; weight gradients stay in `compute`
+    # of products of the linear layers of blocks, which are large; weight gradients stay in `compute`. For
+    # compiled blocks: in eager ones rounding to eight bits moves more bytes than the products save
     linear: Literal["compute", "float8", "mxfp8"] = "compute"
     text_encoder: Stored = "compute"  # of its linear layers
     # of what trains: float32 beside the rounded weights, or the weights themselves, rounded at random

@@ -27,8 +27,9 @@ def float8_dtype(device: torch.device) -> torch.dtype:
 def coded_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the codes [M, K], int8 or float8, and the scales float32 [M, 1] of rows x [M, K]."""
     largest = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
-    scale = x.abs().amax(1, keepdim=True).float().clamp(min=LEAST) / largest
-    codes = x.float() / scale
+    # both ops read x as it is: eager code makes no float32 copy of it
+    scale = torch.linalg.vector_norm(x, torch.inf, 1, keepdim=True).float().clamp(min=LEAST) / largest
+    codes = x / scale
     return (codes.round() if dtype == torch.int8 else codes).to(dtype), scale
 
 
@@ -83,7 +84,7 @@ def product(
 def float8_input_gradient(grad: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """Return dy W [M, in] of dy [M, out] and the codes and scales of W [out, in]."""
     columns = codes.t(), torch.ones_like(scale[:1]).expand(codes.shape[1], 1).contiguous()
-    return product(coded_rows(grad.float() * scale.t(), codes.dtype), columns, grad.dtype)
+    return product(coded_rows(grad * scale.t(), codes.dtype), columns, grad.dtype)
 
 
 class _Float8(torch.autograd.Function):
