@@ -27,8 +27,9 @@ def float8_dtype(device: torch.device) -> torch.dtype:
 def coded_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the codes [M, K], int8 or float8, and the scales float32 [M, 1] of rows x [M, K]."""
     largest = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
-    # both ops read x as it is: eager code makes no float32 copy of it
-    scale = torch.linalg.vector_norm(x, torch.inf, 1, keepdim=True).float().clamp(min=LEAST) / largest
+    # all read x as it is: eager code makes no float32 copy of it, and no absolute values
+    most = torch.maximum(x.amax(1, keepdim=True), -x.amin(1, keepdim=True))
+    scale = most.float().clamp(min=LEAST) / largest
     codes = x / scale
     return (codes.round() if dtype == torch.int8 else codes).to(dtype), scale
 
