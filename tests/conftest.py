@@ -6,6 +6,8 @@ import pytest
 import torch
 from tiny import write_toml
 
+from fastdmd import capture
+
 if not torch.cuda.is_available():
     # the kernels' tests run in triton's interpreter; read when triton is imported, which no line above does
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -40,6 +42,16 @@ def pytest_configure(config: pytest.Config) -> None:
 def one_thread():
     """Use one thread: the tests' networks are too small for more, and workers would fight over the cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Trace compiled code with aot_eager, which is quick, and forget it after."""
+    monkeypatch.setattr(capture, "BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+    torch._dynamo.config.trace_autograd_ops = False
 
 
 @pytest.fixture

@@ -34,16 +34,7 @@ CASES = {
 AS_A_STEP = ("dmd", "dmd_lora", "causal_sid", "sdxl_lcm_lora")
 
 
-@pytest.fixture(autouse=True)
-def traced(monkeypatch):
-    """Trace with aot_eager, which is quick, and forget it after."""
-    monkeypatch.setattr(capture, "BACKEND", "aot_eager")
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-    torch._dynamo.config.trace_autograd_ops = False
-
-
+pytestmark = pytest.mark.usefixtures("traced")
 Gradients = Mapping[str, Tensor]
 
 

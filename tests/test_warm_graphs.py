@@ -44,16 +44,6 @@ CASES = {
 SHORT = ("dmd", "dmd_sparse")  # in `make test`; the others in `make compiled`
 
 
-@pytest.fixture
-def traced(monkeypatch):
-    """Trace with aot_eager, which is quick, and forget it after."""
-    monkeypatch.setattr(capture, "BACKEND", "aot_eager")
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-    torch._dynamo.config.trace_autograd_ops = False
-
-
 def deep(here: Path, case: str) -> Config:
     method, *keys = CASES[case]
     config = make_config(here, method, *SIZES, *keys)

@@ -1,13 +1,14 @@
 """Runs of milliseconds a step: a random Wan in a folder, and whole configurations on the built-in world."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from fastdmd import config as configs
 from fastdmd.checkpoint import complete
@@ -164,6 +165,19 @@ UNET = SDXLConfig(
     out_channels=3,
     sample_size=8,
 )
+
+
+def kept_bytes(call: Callable[[], object]) -> int:
+    """Return the bytes of storages that the graph of a call keeps."""
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        call()
+    return sum(kept.values())
 
 
 def write_sdxl(path: Path) -> Path:
