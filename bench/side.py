@@ -11,6 +11,7 @@ from bench.clock import Flush, timer
 from fastdmd.batch import Cond
 from fastdmd.config import Config
 from fastdmd.data.synthetic import make_synthetic
+from fastdmd.data.world import Model
 from fastdmd.models.family import Options
 from fastdmd.models.net import PLAIN
 from fastdmd.roles import Place, build_nets, read_architecture, roles_of
@@ -82,7 +83,8 @@ def pair(config: Config, device: torch.device) -> tuple[Side, Side]:
     if config.memory.checkpointing != "none":
         theirs.enable_gradient_checkpointing()
     ours.requires_grad_(True)
-    world = make_synthetic(config.data, config.family, architecture, shape, device, dtype)
+    model = Model(config.family, None, device, dtype)
+    world = make_synthetic(config.data, model, architecture, shape)
     text = world.cond([""] * B).text.to(dtype)
     x_t, model_t = torch.randn(B, *shape, device=device).to(dtype), torch.full((B,), 500.0, device=device)
     return (

@@ -73,9 +73,8 @@ def build_synthetic(config: Config, depths: Mapping[str, int] | None = None) -> 
     roles = roles_of(config)
     built = build_nets(config, roles, config.make_method(), config.make_schedule(), place, depths)
     architecture = read_architecture(config, roles["student"])
-    world = make_synthetic(
-        config.data, config.family, architecture, config.latent_shape(), place.device, place.dtype
-    )
+    model = Model(config.family, None, place.device, place.dtype)
+    world = make_synthetic(config.data, model, architecture, config.latent_shape())
     return assemble(config, place, built, world)
 
 

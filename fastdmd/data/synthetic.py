@@ -14,6 +14,7 @@ from fastdmd.batch import Batch, Cond
 from fastdmd.data.encoded import read_folders
 from fastdmd.data.shapes import TEXT_TOKENS
 from fastdmd.data.table import Config
+from fastdmd.data.world import Model
 from fastdmd.models.family import AnyFamily
 from fastdmd.rng import Rng
 
@@ -47,14 +48,10 @@ class SyntheticWorld:
 
 
 def make_synthetic(
-    config: Config,
-    family: AnyFamily,
-    architecture: Any,
-    latent_shape: tuple[int, ...],
-    device: torch.device,
-    dtype: torch.dtype,
+    config: Config, model: Model, architecture: Any, latent_shape: tuple[int, ...]
 ) -> SyntheticWorld:
     """Return a world of the table [data] whose prompts have an encoder's shapes and dtype."""
+    family, dtype = model.family, model.dtype
     if config.kind == "encoded":
         one = read_folders(config.sources, latent_shape)[0].uncond()
     else:
@@ -66,4 +63,4 @@ def make_synthetic(
         if "pooled_dim" in family.conditioning:
             pooled = torch.randn(1, architecture.pooled_dim, generator=generator).to(dtype)
         one = Cond(text, pooled)
-    return SyntheticWorld(config, family, latent_shape, one, device)
+    return SyntheticWorld(config, family, latent_shape, one, model.device)
