@@ -16,7 +16,9 @@ Products = Literal["float8", "mxfp8"]
 GRAIN: dict[Products, int] = {"float8": 16, "mxfp8": 32}  # what in and out features are multiples of
 BLOCK = 32  # numbers of MXFP8 that share a scale
 TILE = (128, 4)  # rows and scales of a tile of MXFP8's scales, in the order that tensor cores read
-LEAST = 1e-12  # of a row's largest number: a row of zeros has a scale
+# of a row's largest number, so that a row of zeros has a scale; far below gradients, which go down to 1e-15
+# where they are of a mean over a video's numbers, times the scales of weights
+LEAST = 1e-30
 
 
 def float8_dtype(device: torch.device) -> torch.dtype:

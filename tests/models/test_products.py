@@ -117,6 +117,21 @@ def test_products_are_exact_ones_of_what_is_rounded(kind, learns, tensor_cores):
         assert plain.weight.grad is None
 
 
+@KINDS
+@pytest.mark.parametrize("factor", [2.0**-60, 2.0**40])
+def test_a_gradient_may_be_of_any_size(kind, factor, tensor_cores):
+    """The mean over a video's numbers makes them tiny, and accumulation tinier: nothing is lost."""
+    low, _ = layers(kind)
+    grad = torch.randn(5, 96)
+    found = []
+    for each in (grad, factor * grad):
+        x = torch.ones(5, 64, requires_grad=True)
+        low(x).backward(each)
+        found.append(x.grad)
+    assert torch.equal(found[1], factor * found[0])
+    assert found[0].abs().amax(1).min() > 0
+
+
 def test_errors_are_those_of_torchao_at_most():
     """Its recipe has the weight's gradient in high precision as well, and one scale for W in the backward."""
     pytest.importorskip("torchao")
