@@ -142,7 +142,8 @@ def problems_of_precision(config: Config) -> Problems:
         )
 
 
-def _check_compile(config: Config) -> Problems:
+def problems_of_compile(config: Config) -> Problems:
+    """Yield what of other tables 'step' has no graph for."""
     memory, rollout = config.memory, config.rollout or RolloutConfig()
     if config.compile.mode != "step":
         return
@@ -333,7 +334,7 @@ CHECKS: dict[Callable[[Config], Problems], set[str]] = {  # by the tables that e
     _check_options: {"method", "model", "vsa", "rollout"},
     problems_of_memory: {"method", "model", "student", "critic", "lora", "memory"},
     problems_of_precision: {"method", "student", "critic", "lora", "optim", "data", "precision"},
-    _check_compile: {"memory", "rollout", "compile"},
+    problems_of_compile: {"memory", "rollout", "compile"},
     _check_folders: {"method", "model", "student", "teacher", "critic"},
     _check_lora: {"student", "critic", "lora"},
     _check_unused: {"method", "teacher", "critic", "rollout", "ema"},

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from fastdmd.config import Config
-from fastdmd.config.checks import problems_of_memory, problems_of_precision
+from fastdmd.config.checks import problems_of_compile, problems_of_memory, problems_of_precision
 from fastdmd.config.toml import to_toml
 from fastdmd.plan.estimate import MARGIN, RESERVE, Plan, make_plan, peaks_of
 from fastdmd.plan.gpus import GPU
@@ -36,22 +36,29 @@ def levers(config: Config) -> Iterator[tuple[str, Config]]:
         if memory != config.memory and allowed(config, changed):
             config = changed
             yield f"memory.{key} = {to_toml(value)}".replace('"', "'"), config
-    low = replace(config, precision=replace(config.precision, frozen="int8"))
-    if config.precision.frozen == "compute" and not list(problems_of_precision(low)):
+    stored = "float8" if config.precision.linear == "float8" else "int8"
+    low = replace(config, precision=replace(config.precision, frozen=stored))
+    if config.precision.frozen == "compute" and is_valid(low):
         config = low
-        yield "precision.frozen = 'int8'", config
+        yield f"precision.frozen = '{stored}'", config
     plain = [role for role, table in config.optim.items() if table.name == "adamw"]
-    if plain:
-        smaller = {role: replace(config.optim[role], name="adamw8bit") for role in plain}
-        text = " and ".join(f"optim.{role}.name = 'adamw8bit'" for role in plain)
-        yield text, replace(config, optim={**config.optim, **smaller})
+    smaller = {role: replace(config.optim[role], name="adamw8bit") for role in plain}
+    coded = replace(config, optim={**config.optim, **smaller})
+    if plain and is_valid(coded):
+        yield " and ".join(f"optim.{role}.name = 'adamw8bit'" for role in plain), coded
+
+
+def is_valid(config: Config) -> bool:
+    """Return whether a configuration's [precision] goes together with the rest."""
+    return not list(config.precision.problems()) and not list(problems_of_precision(config))
 
 
 def allowed(config: Config, changed: Config) -> bool:
     """Return whether a change of [memory] goes further on the way from none to full, and can be had."""
     order = ("none", "selective", "full")
     back = order.index(changed.memory.checkpointing) < order.index(config.memory.checkpointing)
-    return not back and not list(changed.memory.problems()) and not list(problems_of_memory(changed))
+    problems = (changed.memory.problems(), problems_of_memory(changed), problems_of_compile(changed))
+    return not back and not any(list(each) for each in problems)
 
 
 def in_two_calls(config: Config) -> Config:

@@ -10,6 +10,7 @@ import torch
 from tiny import make_config, write_toml
 from typer.testing import CliRunner
 
+from fastdmd import config as configs
 from fastdmd import train
 from fastdmd.cli import app
 from fastdmd.config import Config
@@ -27,6 +28,27 @@ SHORT = ("run.max_steps=1", "validation.teacher_reference=false")
 def card(need: int):
     """Return a GPU with just that memory."""
     return replace(H100, memory=need)
+
+
+@pytest.mark.parametrize(
+    ("method", "keys", "last"),
+    [
+        ("dmd_lora", ("precision.linear='float8'",), "precision.frozen = 'float8'"),
+        ("dmd_lora", ("precision.linear='mxfp8'",), None),
+        ("dmd", ("precision.compute='bf16'", "precision.master='bf16-sr'"), "precision.frozen = 'int8'"),
+        ("dmd_lora", ("compile.mode='step'",), "precision.frozen = 'int8'"),
+    ],
+)
+def test_no_lever_makes_a_configuration_that_is_refused(tmp_path, method, keys, last):
+    """What is printed can be typed: each changed configuration loads."""
+    found = dict(levers(make_config(tmp_path, method, *keys)))
+    for config in found.values():
+        (tmp_path / "again.toml").write_text(configs.dump(config))
+        assert configs.load(tmp_path / "again.toml") == config
+    assert last is None or last in found
+    assert last is not None or not [text for text in found if text.startswith("precision")]
+    assert any("adamw8bit" in text for text in found) == ("bf16-sr" not in str(keys))
+    assert any("checkpointing" in text for text in found) == ("step" not in str(keys))
 
 
 def test_levers_are_tried_until_the_run_fits(tmp_path):
