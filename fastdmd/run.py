@@ -1,7 +1,7 @@
 """A run: its configuration, world, method, networks and optimizers, at a step."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from fastdmd.methods import Method
 from fastdmd.methods.method import TRAINABLE, cycle
 from fastdmd.models.lowbit import code_dtype
 from fastdmd.optim import EMA, Optimizer
+from fastdmd.precision import became, target_of
 from fastdmd.rng import seed_of
 from fastdmd.roles import Built, Place, build_nets, read_architecture, roles_of
 from fastdmd.schedule import Schedule
@@ -54,7 +55,7 @@ class Run:
 
 def build(config: Config, only: Collection[str] | None = None) -> Run:
     """Build the networks, data and optimizers of a run, at step 0; of the roles `only`, absent: of all."""
-    place = Place(pick_device(config.run.device), config.precision.dtype)
+    place = place_of(config)
     roles = {name: role for name, role in roles_of(config).items() if only is None or name in only}
     built = build_nets(config, roles, config.make_method(), config.make_schedule(), place)
     stored = config.precision.text_encoder
@@ -64,12 +65,19 @@ def build(config: Config, only: Collection[str] | None = None) -> Run:
     return assemble(config, place, built, world)
 
 
+def place_of(config: Config) -> Place:
+    """Return where a run computes; raise ValueError for a device without its number types."""
+    device = pick_device(config.run.device)
+    became(config.precision, target_of(device))
+    return Place(device, config.precision.dtype)
+
+
 def build_synthetic(config: Config, depths: Mapping[str, int] | None = None) -> Run:
     """Build a run with random weights and inputs: it computes what the run does, and reads no weights.
 
     depths: of `build_nets`.
     """
-    place = Place(pick_device(config.run.device), config.precision.dtype, is_random=True)
+    place = replace(place_of(config), is_random=True)
     roles = roles_of(config)
     built = build_nets(config, roles, config.make_method(), config.make_schedule(), place, depths)
     architecture = read_architecture(config, roles["student"])

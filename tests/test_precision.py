@@ -6,6 +6,7 @@ from tiny import make_config
 
 from fastdmd import train
 from fastdmd.precision import Config, became, capability, has_float8, has_mxfp8, target_of
+from fastdmd.run import build, build_synthetic
 
 YES = None
 NO_NUMBERS, NO_PRODUCTS = "has no such numbers; use 'int8'", "has no such products; use 'compute'"
@@ -120,3 +121,11 @@ def test_a_run_on_a_device_that_cannot_is_refused_before_it_builds(tmp_path):
     ):
         train.train(config)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_samples_are_not_made_on_a_device_that_cannot_compute_them(tmp_path):
+    """A run of another machine: one line, where a product would fail inside."""
+    config = make_config(tmp_path, "dmd_lora", "precision.linear='mxfp8'")
+    for start in (build, build_synthetic):
+        with pytest.raises(ValueError, match=r"precision\.linear = 'mxfp8': cpu has no such products"):
+            start(config)
