@@ -7,7 +7,7 @@ heads sit on blocks by number, all blocks are traced.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
@@ -29,6 +29,7 @@ LEAST, MOST = 2, 4  # blocks of a trace
 MARGIN = 1.05  # for fragments of the allocator
 RESERVE = 1_500_000_000  # bytes, for CUDA's context and libraries
 DEEPEST = 1000
+VALIDATION = "validation"
 QUICK = 2.0  # seconds without a sign
 
 
@@ -46,7 +47,7 @@ class PhasePlan:
 class Plan:
     """What a run takes."""
 
-    phases: Mapping[str, PhasePlan]  # by "STEP: phase, part"
+    phases: Mapping[str, PhasePlan]  # by "STEP: phase, part", and "validation: sampler"
     cycle: Sequence[Phases]
     peak: int
     peak_phase: str
@@ -99,7 +100,7 @@ def make_plan(config: Config, check: bool = True) -> Plan:
     found = traces(config, depths, progress_of(depths, check), check)
     phases = {
         name: PhasePlan(phase.peak, phase.by, phase.work, phase.recomputed)
-        for name, phase in found.phases.items()
+        for name, phase in [*found.phases.items(), *of_samplers(found)]
     }
     for name, first in found.first_exit.items():
         # work is linear in the exit step, so the mean is that of both ends
@@ -107,7 +108,7 @@ def make_plan(config: Config, check: bool = True) -> Plan:
     peaks = peaks_of(config, phases)
     where = max(peaks, key=lambda name: peaks[name])
     by = Counter(phases[where].by)
-    by["inputs"] += (config.run.grad_accum - 1) * by["inputs"]
+    by["inputs"] += others_of(config, where) * by["inputs"]
     steps = cycle(config.make_method())
     return Plan(
         phases=phases,
@@ -126,8 +127,21 @@ def make_plan(config: Config, check: bool = True) -> Plan:
 
 def peaks_of(config: Config, phases: Mapping[str, PhasePlan]) -> dict[str, int]:
     """Return each phase's peak with what all micro-batches of a step share, as they are made before it."""
-    others = config.run.grad_accum - 1
-    return {name: phase.peak + others * phase.by.get("inputs", 0) for name, phase in phases.items()}
+    return {
+        name: phase.peak + others_of(config, name) * phase.by.get("inputs", 0)
+        for name, phase in phases.items()
+    }
+
+
+def others_of(config: Config, phase: str) -> int:
+    """Return how many further micro-batches are there in a phase."""
+    return 0 if phase.startswith(VALIDATION) else config.run.grad_accum - 1
+
+
+def of_samplers(found: Trace) -> Iterator[tuple[str, Phase]]:
+    """Yield the phases of a validation by name."""
+    for who, phase in found.samplers.items():
+        yield f"{VALIDATION}: {who}", phase
 
 
 def of_cycle(
@@ -218,21 +232,23 @@ def extended(base: Trace, more: Mapping[int, Trace], blocks: Mapping[int, int]) 
         keys = dict.fromkeys(key for one in (base, *more.values()) for key in part(one))
         return {key: line(lambda one, key=key: part(one).get(key, 0)) for key in keys}
 
-    phases = {
-        name: Phase(
-            line(lambda one, name=name: one.phases[name].peak),
-            Counter(each(lambda one, name=name: one.phases[name].by)),
-            line(lambda one, name=name: one.phases[name].work),
-            line(lambda one, name=name: one.phases[name].recomputed),
-        )
-        for name in base.phases
-    }
+    def phases(part: Callable[[Trace], Mapping[str, Phase]]) -> dict[str, Phase]:
+        return {
+            name: Phase(
+                line(lambda one, name=name: part(one)[name].peak),
+                Counter(each(lambda one, name=name: part(one)[name].by)),
+                line(lambda one, name=name: part(one)[name].work),
+                line(lambda one, name=name: part(one)[name].recomputed),
+            )
+            for name in part(base)
+        }
+
     return Trace(
-        phases=phases,
+        phases=phases(lambda one: one.phases),
         fixed=each(lambda one: one.fixed),
         parameters=each(lambda one: one.parameters),
         trained=each(lambda one: one.trained),
         moments=each(lambda one: one.moments),
         first_exit={name: line(lambda one, name=name: one.first_exit[name]) for name in base.first_exit},
-        samplers={name: line(lambda one, name=name: one.samplers[name]) for name in base.samplers},
+        samplers=phases(lambda one: one.samplers),
     )

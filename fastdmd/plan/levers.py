@@ -21,6 +21,9 @@ def levers(config: Config) -> Iterator[tuple[str, Config]]:
         accum = config.run.grad_accum * size
         config = replace(config, run=replace(config.run, batch_size=1, grad_accum=accum))
         yield f"run.batch_size = 1 and run.grad_accum = {accum}", config
+    if config.validation.batch_size > 1:
+        config = replace(config, validation=replace(config.validation, batch_size=1))
+        yield "validation.batch_size = 1", config
     if config.memory.guidance != "two_calls":
         config = in_two_calls(config)
         yield "memory.guidance = 'two_calls'", config

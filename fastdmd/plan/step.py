@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastdmd.batch import Batch
+from fastdmd.batch import Batch, Cond
 from fastdmd.config import Config
 from fastdmd.denoiser import Denoiser
 from fastdmd.methods import Method
@@ -43,7 +43,7 @@ class Trace:
     moments: Mapping[str, int] = field(default_factory=dict[str, int])  # bytes of each optimizer's
     # what a step's first phase computes before its backward where the rollout stops at once
     first_exit: Mapping[str, Work] = field(default_factory=dict[str, Work])
-    samplers: Mapping[str, Work] = field(default_factory=dict[str, Work])  # of a batch of a validation
+    samplers: Mapping[str, Phase] = field(default_factory=dict[str, Phase])  # of a batch of a validation
 
 
 class ExitRng(MetaRng):
@@ -92,7 +92,13 @@ def trace(config: Config, depths: Depths | None, peaks_only: bool = False) -> Tr
             if config.rollout is not None and config.rollout.exit == "uniform":
                 first = stage.steps(first_exit=True)
                 found.first_exit = {name: phase.work for name, phase in first.items()}
-            found.samplers = sampled(live, config, method, nets, batch)
+            del stage, batch  # a validation is between steps, and a first exit leaves gradients
+            for optimizer in trained.values():
+                optimizer.adamw.zero_grad()
+            size = config.validation.batch_size
+            found.samplers = sampled(
+                live, config, method, nets, *conditions(live, config, nets["student"], size)
+            )
         for optimizer in trained.values():
             for hook in optimizer.hooks:  # from a parameter to its optimizer and back: it would stay
                 hook.remove()
@@ -158,13 +164,20 @@ def sparse(config: Config, nets: dict[str, Denoiser]) -> None:
 
 def inputs(live: Live, config: Config, student: Denoiser) -> Batch:
     """Return a micro-batch as the data gives it."""
-    run, shape, dtype = config.run, config.latent_shape(), config.precision.dtype
+    size, shape = config.run.batch_size, config.latent_shape()
+    cond, uncond = conditions(live, config, student, size)
     with live.made_as("inputs"), torch.device("meta"):
-        arguments = config.family, student.net.config, config.data.resolution, config.text_tokens()
-        cond, uncond = (empty_cond(run.batch_size, *arguments) for _ in range(2))
-        cond, uncond = (replace(each, text=each.text.to(dtype)) for each in (cond, uncond))
-        x0 = None if config.data.kind == "prompts" else torch.empty(run.batch_size, *shape)
+        x0 = None if config.data.kind == "prompts" else torch.empty(size, *shape)
     return Batch(cond, uncond, shape, x0)
+
+
+def conditions(live: Live, config: Config, student: Denoiser, size: int) -> tuple[Cond, Cond]:
+    """Return the prompts of some samples, and as many empty ones."""
+    arguments = config.family, student.net.config, config.data.resolution, config.text_tokens()
+    with live.made_as("inputs"), torch.device("meta"):
+        both = (empty_cond(size, *arguments) for _ in range(2))
+        cond, uncond = (replace(each, text=each.text.to(config.precision.dtype)) for each in both)
+    return cond, uncond
 
 
 @dataclass(frozen=True)

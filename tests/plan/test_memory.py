@@ -18,8 +18,11 @@ from torch.profiler import ProfilerActivity, profile
 from fastdmd import config as configs
 from fastdmd import train
 from fastdmd.config import Config
+from fastdmd.evaluation.evaluate import sample
+from fastdmd.evaluation.validate import prompts_for
 from fastdmd.models.sdxl import folder as sdxl_folder
 from fastdmd.models.sdxl.net import SDXL
+from fastdmd.optim import EMAConfig
 from fastdmd.plan import live, ops
 from fastdmd.plan.estimate import depths_of, traces
 from fastdmd.plan.ops import Fused
@@ -102,6 +105,22 @@ def test_the_peak_is_the_allocator_s_within_a_percent(tmp_path, form, heads, mon
     assert measured == pytest.approx(peak - before + (config.run.grad_accum - 1) * inputs, rel=0.01)
 
 
+@pytest.mark.parametrize("weights", ["ema", "student"])
+@pytest.mark.parametrize("form", ["dmd", "dmd_lora", "dmd_lora_float8", "causal_sid"])
+def test_a_validation_s_peak_is_the_allocator_s_within_a_percent(tmp_path, form, weights, monkeypatch):
+    """More samples at once than a step has; where the average samples, what learns lies aside."""
+    monkeypatch.setattr(live, "ROUND", 1)
+    config = config_of(tmp_path, form)
+    settings = replace(config.validation, weights=weights, samples=6, batch_size=6)
+    config = replace(config, validation=settings, ema=EMAConfig(decay=0.9))
+    plan, run = trace(config, None), build(config)
+    with Fused(lambda grad_enabled: None):
+        train.take_step(run)
+        measured = allocated(lambda: sample(run, "student", prompts_for(settings, run.world), 0))
+    before = sum(plan.fixed.values()) - plan.fixed["inputs"]
+    assert measured == pytest.approx(plan.samplers["student"].peak - before, rel=0.01)
+
+
 def same(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     """Compare mappings, in which a key without bytes may be absent."""
     return all(first.get(key, 0) == second.get(key, 0) for key in {**first, **second})
@@ -147,6 +166,10 @@ def assert_exact(config: Config, monkeypatch) -> None:
     assert few.first_exit.keys() == whole.first_exit.keys()
     for name, work in whole.first_exit.items():
         assert vars(few.first_exit[name]) == pytest.approx(vars(work)), name
+    assert few.samplers.keys() == whole.samplers.keys()
+    for name, phase in whole.samplers.items():
+        assert few.samplers[name].peak == phase.peak, name
+        assert vars(few.samplers[name].work) == pytest.approx(vars(phase.work)), name
     assert same(few.fixed, whole.fixed)
     assert same(few.parameters, whole.parameters)
     assert same(few.trained, whole.trained)

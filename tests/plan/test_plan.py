@@ -161,6 +161,24 @@ def test_validations_are_the_samplers_forwards(tmp_path):
     assert alone.validation.flops == pytest.approx(5 * forward * 4 * few, rel=1e-3)
 
 
+def test_a_validation_may_be_the_peak(tmp_path):
+    """It keeps no graph, but has samples of its own number; micro-batches of a step are not there."""
+    plans = {}
+    for size, accum in ((1, 1), (64, 1), (64, 3)):
+        keys = [f"validation={{samples=64, batch_size={size}}}", f"run.grad_accum={accum}"]
+        plans[size, accum] = make_plan(make_config(tmp_path, "dmd", *keys))
+    few, many, accumulated = plans.values()
+    assert not few.peak_phase.startswith("validation")
+    assert few.peak == max(phase.peak for phase in few.phases.values())
+    assert many.peak_phase == "validation: teacher"  # under guidance
+    assert many.peak == many.phases["validation: teacher"].peak == accumulated.peak
+    assert many.work == few.work
+    assert sum(many.by.values()) == many.peak
+    assert " GB in validation: teacher; " in next(
+        report.lines(make_config(tmp_path, "dmd"), many, "card", ONE)
+    )
+
+
 def page_time(config: Config, plan: Plan) -> str:
     _, time, _ = report.lines(config, plan, "card", ONE)
     return time

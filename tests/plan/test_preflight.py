@@ -56,6 +56,7 @@ def test_levers_are_tried_until_the_run_fits(tmp_path):
     texts, changed = zip(*levers(config), strict=True)
     assert texts == (
         "run.batch_size = 1 and run.grad_accum = 4",
+        "validation.batch_size = 1",
         "memory.guidance = 'two_calls'",
         "memory.checkpointing = 'selective'",
         "memory.checkpointing = 'full'",
