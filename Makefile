@@ -17,7 +17,7 @@ capture: .venv/.dev  ## every method and phase as one graph per exit step: 15 mi
 	$(BIN)/python -m pytest -n 2 --campaign tests/test_capture.py
 
 compiled: .venv/.dev  ## every tiny configuration compiled, five to machine code, two warmed: 20 minutes on 2 cores
-	$(BIN)/python -m pytest -n 2 --campaign -m campaign tests/test_compiled.py tests/test_warm_graphs.py
+	$(BIN)/python -m pytest -n 2 --campaign -m campaign tests/test_compiled.py tests/test_warm_graphs.py tests/bench/test_block.py
 
 check: .venv/.dev lint  ## what a push is held to, in less than a minute: style, types, rules, methods, configurations
 	$(BIN)/python -m pytest -q -n 2 -m "not slow and not full_size" tests/methods tests/config tests/test_layering.py

@@ -16,7 +16,9 @@ import fastdmd_kernels.attention
 from bench.generated import compiler, count, fake_like, generating
 from bench.launches import KINDS, Counting, Launches
 from fastdmd.models.attention import Dense, Sparse
+from fastdmd.models.lowbit import make_products
 from fastdmd.models.net import cast
+from fastdmd.models.products import GRAIN, Products
 from fastdmd.models.wan.layers import WanConfig
 from fastdmd.models.wan.net import Wan
 from fastdmd.plan.ops import Fused, attention
@@ -49,6 +51,7 @@ class Shape:
     grid: Grid = GRID
     sparsity: float | None = None  # None: dense
     learns: bool = True  # its weights, and what makes text and modulation
+    linear: Products | None = None  # what its products are in; None: bfloat16
     text: int = TEXT
 
     def block(self) -> nn.Module:
@@ -56,6 +59,8 @@ class Shape:
         with torch.device("meta"):
             net = Wan(self.config, None if self.sparsity is None else CUBE)
         cast(net, torch.bfloat16)
+        if self.linear is not None:
+            make_products(net.blocks, self.linear, torch.float8_e4m3fn, keep=lambda name: False)
         return net.blocks[0].requires_grad_(self.learns)
 
     def tensors(self) -> list[Tensor]:
@@ -148,8 +153,9 @@ def main() -> None:
         "--sparsity", type=float, help=f"of video sparse attention ({SPARSITY}); absent: dense"
     )
     parser.add_argument("--frozen", action="store_true", help="gradients go to the tokens alone")
+    parser.add_argument("--linear", choices=GRAIN, help="what products are in; absent: bfloat16")
     arguments = parser.parse_args()
-    shape = Shape(sparsity=arguments.sparsity, learns=not arguments.frozen)
+    shape = Shape(sparsity=arguments.sparsity, learns=not arguments.frozen, linear=arguments.linear)
     print("\n".join(lines(eager(shape), compiled(shape))))
 
 

@@ -95,10 +95,11 @@ def keep_code(codes: list[Code], graph: Any) -> SimpleNamespace:
     text = graph.codegen()[0].value
     codes.append(Code(text, [torch.empty_strided(a, b, dtype=c, device="meta") for a, b, c in shapes]))
 
+    outputs = graph.orig_gm.graph.output_node()
+
     def call(arguments: list[Any]) -> Any:
-        outputs = graph.orig_gm(*arguments)
         arguments.clear()
-        return outputs
+        return fake_like([node and node.meta["val"] for node in outputs.args[0]])
 
     return SimpleNamespace(call=call, __file__="generated")
 
@@ -179,6 +180,11 @@ def view(x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int = 0)
     return torch.as_strided(x, size, stride, x.storage_offset() + offset)
 
 
+def scaled_mm(*arguments: Any, out: Tensor, **options: Any) -> Tensor:
+    """Take a product of eight bits into a tensor, which the meta device has no op for."""
+    return torch._scaled_mm(*arguments, **options)  # pyright: ignore[reportPrivateUsage]
+
+
 def nothing(*_: Any) -> None:
     """Stand in for a check."""
 
@@ -188,7 +194,9 @@ STAND_INS: dict[str, Any] = {
     "torch": torch,
     "aten": torch.ops.aten,
     "nullcontext": nullcontext,
-    "extern_kernels": SimpleNamespace(mm=torch.mm, addmm=torch.addmm, bmm=torch.bmm, baddbmm=torch.baddbmm),
+    "extern_kernels": SimpleNamespace(
+        mm=torch.mm, addmm=torch.addmm, bmm=torch.bmm, baddbmm=torch.baddbmm, _scaled_mm=scaled_mm
+    ),
     "reinterpret_tensor": view,
     "empty_strided_cuda": lambda size, stride, dtype: torch.empty_strided(
         size, stride, dtype=dtype, device="meta"

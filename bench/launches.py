@@ -90,9 +90,9 @@ class Counting(TorchDispatchMode):
 
 def kind_of(packet: Any) -> Kind:
     """Return what an op is, from its packet of overloads."""
-    if packet in COUNTED:
-        return "attention"
-    return "products" if packet in flop_registry else "elementwise"
+    if packet in flop_registry:
+        return "products"
+    return "attention" if packet in COUNTED else "elementwise"
 
 
 def tensors(values: Any) -> Iterator[Tensor]:

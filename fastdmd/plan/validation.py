@@ -37,12 +37,12 @@ def sampled(
     return found
 
 
-def of_validations(config: Config, samplers: Mapping[str, Phase]) -> Work:
-    """Return the work of all validations of a run, from that of one batch."""
+def of_validations(config: Config, samplers: Mapping[str, Work]) -> Work:
+    """Return the work of all validations of a run, from that of one batch by sampler."""
     settings = config.validation
     during = 1 + (config.run.max_steps - 1) // settings.every if settings.every else 0
     work = Work()
     for who, batch in samplers.items():
         times = during + 1 if who == "student" else 1
-        work += batch.work * (times * settings.samples / settings.batch_size)
+        work += batch * (times * settings.samples / settings.batch_size)
     return work

@@ -21,6 +21,7 @@ from bench.launches import Counting, Launches
 from fastdmd.batch import Cond
 from fastdmd.models.net import PLAIN, cast
 from fastdmd.models.wan.net import Wan
+from fastdmd.plan.estimate import COMPILED
 from fastdmd.plan.ops import Fused
 
 TINY = Shape(replace(ARCHITECTURE, attention_head_dim=16), grid=(4, 4, 4), text=8)
@@ -146,6 +147,27 @@ def test_generated_code_moves_what_the_compiler_scheduled(monkeypatch, learns):
     for kind in ("products", "attention"):
         assert passes.both.count[kind] == eager.both.count[kind]
         assert passes.both.bytes[kind] == eager.both.bytes[kind]
+
+
+@pytest.mark.slow
+@pytest.mark.campaign
+@pytest.mark.parametrize("linear", COMPILED)
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_plan_s_share_of_compiled_bytes_is_counted(linear, learns):
+    shape = Shape(learns=learns, linear=None if linear == "compute" else linear)
+    eager, compiled = block.eager(shape).both, block.compiled(shape).both
+    assert compiled.bytes["elementwise"] / eager.bytes["elementwise"] == pytest.approx(
+        COMPILED[linear], abs=0.04
+    )
+
+
+def test_products_in_eight_bits_are_counted_as_products():
+    """A byte for each number that goes in; their rounding is elementwise."""
+    plain, low = (block.eager(replace(TINY, linear=linear)).forward for linear in (None, "float8"))
+    assert low.count["products"] == plain.count["products"] == 10
+    assert low.count["attention"] == plain.count["attention"]
+    assert low.count["elementwise"] > plain.count["elementwise"]
+    assert low.bytes["products"] < plain.bytes["products"]
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from fastdmd.config import Config
 from fastdmd.hardware import BF16_PEAK
 from fastdmd.models.wan.net import Wan
 from fastdmd.plan import report
-from fastdmd.plan.estimate import Plan, make_plan
+from fastdmd.plan.estimate import COMPILED, Plan, make_plan
 from fastdmd.plan.gpus import GPU, GPUS
 from fastdmd.plan.live import Live
 from fastdmd.plan.ops import Fused, backward
@@ -159,6 +159,28 @@ def test_validations_are_the_samplers_forwards(tmp_path):
     assert f"and {report.validation_hours(plan, ONE):.3g} of validation; " in page_time(config, plan)
     alone = make_plan(make_config(tmp_path, "dmd", *keys, "validation.teacher_reference=false"))
     assert alone.validation.flops == pytest.approx(5 * forward * 4 * few, rel=1e-3)
+
+
+@pytest.mark.parametrize("linear", ["compute", "float8"])
+def test_compiled_blocks_move_fewer_bytes(tmp_path, linear):
+    """In networks, not in optimizers; products are the same, and so is memory."""
+    keys = (f"precision.linear='{linear}'", "optim.student.name='adamw8bit'")
+    eager, compiled = (
+        make_plan(make_config(tmp_path, "dmd", *keys, f"compile.mode='{mode}'")) for mode in ("off", "blocks")
+    )
+    share = COMPILED[linear]
+    for name, phase in eager.phases.items():
+        work = phase.work
+        if not name.endswith("optimizer"):
+            work = replace(work, traffic=share * work.traffic)
+            assert work.traffic < 0.3 * phase.work.traffic
+        assert compiled.phases[name].work == work
+        assert compiled.phases[name].peak == phase.peak
+    assert compiled.validation == replace(
+        eager.validation, traffic=pytest.approx(share * eager.validation.traffic)
+    )
+    assert compiled.work.flops == eager.work.flops
+    assert compiled.seconds(ONE) < eager.seconds(ONE)
 
 
 def test_a_validation_may_be_the_peak(tmp_path):
