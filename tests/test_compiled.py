@@ -213,6 +213,22 @@ def test_an_eager_run_counts_nothing(tmp_path):
     assert evaluate.transfers(run) == {}
 
 
+@pytest.mark.slow
+def test_a_cache_of_any_length_has_the_same_graphs(tmp_path, monkeypatch):
+    """A causal rollout meets no other after its second block: what is held is longer at each."""
+    monkeypatch.setattr(capture, "BACKEND", "eager")
+    found = []
+    for frames in (9, 13):
+        torch._dynamo.reset()
+        keys = ("compile.mode='blocks'", "rollout.frames_per_block=1", f"data.frames={frames}")
+        run, before = build(make_config(tmp_path / str(frames), "causal_sid", *keys)), capture.graphs()
+        train.take_step(run)
+        found.append((run.config.latent_shape()[1], capture.graphs() - before))
+    (few, graphs), (many, same) = found
+    assert 2 < few < many
+    assert graphs == same
+
+
 def test_a_device_without_a_compiler_runs_eager_and_says_so():
     config = capture.Config(mode="blocks")
     assert capture.mode_on(config, torch.device("mps")) == "off"

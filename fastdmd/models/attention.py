@@ -89,15 +89,17 @@ class Stale(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class Cached:
-    """A block of tokens from `start` on sees the clean blocks before it and itself; `write` holds it."""
+    """A block of tokens sees the clean blocks before it and itself.
 
-    k: Tensor  # [B, L, N, K] of one layer, for the whole video; the first `start` tokens are held
-    v: Tensor
-    start: int
-    write: bool
+    What is held comes as tensors, whose length a compiler can leave open, and not as a place in a buffer.
+    """
+
+    held: tuple[Tensor, Tensor] | None  # of the blocks before: keys and values [B, start, N, K] of one layer
+    keeps: bool  # whether `own` is wanted
     video: Stale
+    own: tuple[Tensor, Tensor] | None = None  # keys and values of this block, after a call that keeps them
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None = None) -> Tensor:
         if self.video.is_stale():  # activation checkpointing has come back here from a backward
@@ -105,15 +107,14 @@ class Cached:
                 "the key-value cache was given to another video before the backward of this one; "
                 "with activation checkpointing call backward before the next rollout"
             )
-        if self.write:
-            stop = self.start + k.shape[1]
-            self.k[:, self.start : stop].copy_(k)
-            self.v[:, self.start : stop].copy_(v)
-            return attention(q, self.k[:, :stop], self.v[:, :stop])
+        if self.keeps:
+            self.own = k, v
+        if self.held is None:
+            return attention(q, k, v)
         # Copies. Autograd keeps what attention has read until the backward, and by then the context passes of
         # later blocks have written to the buffers: views of them would be refused, since writing to one part
         # of a buffer counts as a change of all of it. What is held has no graph, as it was written without
         # gradient, so gradient reaches the block's own keys and values only. Checkpointing keeps no copy: it
         # comes here again, and finds the same, since a video never writes a token twice.
-        held_k, held_v = self.k[:, : self.start], self.v[:, : self.start]
+        held_k, held_v = self.held
         return attention(q, torch.cat([held_k, k], 1), torch.cat([held_v, v], 1))

@@ -322,6 +322,13 @@ def test_no_student_is_its_own_target(path):
     assert not list(configs.load(path).make_method().warnings())
 
 
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if path.stem.startswith("wan")], ids=lambda path: path.stem
+)
+def test_every_recipe_of_wan_compiles_its_blocks(path):
+    assert configs.load(path).compile.mode == "blocks"
+
+
 def without_source(text: str) -> Iterator[str]:
     """Yield the lines of a recipe whose value has no comment beside it, nor beside the head of its table."""
     sourced, inside = False, False

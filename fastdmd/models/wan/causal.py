@@ -6,9 +6,10 @@ tokens in raster order (so frame by frame), N heads, K head dim, D width, n bloc
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+import torch._dynamo
 from torch import Tensor
 
 from fastdmd.batch import Cond
@@ -55,9 +56,23 @@ class Video:
         """Return whether the cache was given to another video."""
         return self.cache.current is not self
 
-    def attention(self, layer: int, write: bool) -> Cached:
-        """Return how a layer's next block of tokens attends; `write` holds it."""
-        return Cached(self.cache.k[layer], self.cache.v[layer], self.tokens, write, self)
+    def attentions(self, write: bool) -> Iterator[Cached]:
+        """Yield how each layer's next block of tokens attends; `write` holds its keys and values after."""
+        for k, v in zip(self.cache.k, self.cache.v, strict=True):
+            held = (self.first(k), self.first(v)) if self.tokens else None
+            seam = Cached(held, write, self)
+            yield seam
+            if seam.own is not None:
+                stop = self.tokens + seam.own[0].shape[1]
+                for buffer, own in zip((k, v), seam.own, strict=True):
+                    buffer[:, self.tokens : stop].copy_(own)
+
+    def first(self, buffer: Tensor) -> Tensor:
+        """Return the part of a buffer that is held; compiled code is the same for all lengths of it."""
+        held = buffer[:, : self.tokens]
+        if not torch.compiler.is_compiling():
+            torch._dynamo.mark_dynamic(held, 1)
+        return held
 
 
 def block_causal_mask(lengths: Sequence[int], device: torch.device) -> Tensor:
@@ -145,7 +160,7 @@ class CausalWan(Wan):
         whole = self.geometry(cache.grid, x_t.device)
         geometry = whole._replace(rope=whole.rope[:, start:stop])
         time, modulation, text = self.embed(model_t, cond, call.role)
-        attentions = [video.attention(i, call.write) for i in range(self.config.num_layers)]
+        attentions = video.attentions(call.write)
         out = self.trunk(x_t, time[:, None], modulation[:, :, None], text, geometry, attentions, call)
         if call.write:
             video.tokens = stop

@@ -167,7 +167,7 @@ class Wan(Net):
         modulation: Tensor,
         text: Tensor,
         geometry: Geometry,
-        attentions: Sequence[Attention],
+        attentions: Iterable[Attention],
         call: Call,
     ) -> Out:
         """Return what `forward` does, from embedded conditions and the attention of each block.
