@@ -6,8 +6,6 @@ import pytest
 import torch
 from tiny import write_toml
 
-from fastdmd import capture
-
 if not torch.cuda.is_available():
     # the kernels' tests run in triton's interpreter; read when triton is imported, which no line above does
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -47,6 +45,8 @@ def one_thread():
 @pytest.fixture
 def traced(monkeypatch):
     """Trace compiled code with aot_eager, which is quick, and forget it after."""
+    from fastdmd import capture  # it imports triton, which has to come after the lines above
+
     monkeypatch.setattr(capture, "BACKEND", "aot_eager")
     torch._dynamo.reset()
     yield

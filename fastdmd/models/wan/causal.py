@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-import torch._dynamo
 from torch import Tensor
 
 from fastdmd.batch import Cond
@@ -71,7 +70,7 @@ class Video:
         """Return the part of a buffer that is held; compiled code is the same for all lengths of it."""
         held = buffer[:, : self.tokens]
         if not torch.compiler.is_compiling():
-            torch._dynamo.mark_dynamic(held, 1)
+            torch._dynamo.mark_dynamic(held, 1)  # pyright: ignore[reportPrivateUsage]
         return held
 
 
