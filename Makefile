@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet
 
-.PHONY: aot bench capture check compiled demo gpu lint regress step style test
+.PHONY: aot bench campaign capture check compiled demo gpu lint regress step style test
 
 demo: .venv/.run  ## distil the tiny Wan teacher to 3 steps: table, runs/tiny_dmd/report.html
 	$(BIN)/fastdmd train configs/tiny_dmd.toml
@@ -18,6 +18,9 @@ capture: .venv/.dev  ## every method and phase as one graph per exit step: 15 mi
 
 compiled: .venv/.dev  ## every tiny configuration compiled, five to machine code, two warmed: 20 minutes on 2 cores
 	$(BIN)/python -m pytest -n 2 --campaign -m campaign tests/test_compiled.py tests/test_warm_graphs.py tests/bench/test_block.py
+
+campaign: .venv/.dev  ## every test that takes minutes, those of capture and compiled too: an hour on 2 cores
+	$(BIN)/python -m pytest -n 2 --campaign -m campaign
 
 check: .venv/.dev lint  ## what a push is held to, in less than a minute: style, types, rules, methods, configurations
 	$(BIN)/python -m pytest -q -n 2 -m "not slow and not full_size" tests/methods tests/config tests/test_layering.py

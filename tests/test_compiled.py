@@ -80,9 +80,16 @@ def compiled(config: Config, mode: str) -> Config:
     return replace(config, compile=replace(config.compile, mode=mode))
 
 
+QUICK = (("dmd", "step"), ("dmd_lora_sparse", "blocks"), ("causal_sid", "blocks"), ("sdxl_lcm_lora", "step"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("case", "mode"), [*((case, "blocks") for case in CASES), *((case, "step") for case in AS_A_STEP)]
+    ("case", "mode"),
+    [
+        each if each in QUICK else pytest.param(*each, marks=pytest.mark.campaign)
+        for each in (*((case, "blocks") for case in CASES), *((case, "step") for case in AS_A_STEP))
+    ],
 )
 def test_a_compiled_step_has_the_gradients_of_the_eager_one(tmp_path, monkeypatch, case, mode):
     config = make_config(tmp_path, *CASES[case])

@@ -142,8 +142,9 @@ def demonstrate(config: str, *overrides: str, kills: int = 10, seed: int = 0, wa
 
 
 @pytest.mark.slow
-def test_killed_at_every_write(tmp_path, dmd_toml):
-    """Kill at each write of two steps with two checkpoints, the second of which drops the first.
+@pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.campaign)])
+def test_killed_at_every_write(tmp_path, dmd_toml, stride):
+    """Kill at each write (each fifth) of two steps with two checkpoints, the second of which drops the first.
 
     Writes are files, flushes, renames and removals.
     """
@@ -160,7 +161,7 @@ def test_killed_at_every_write(tmp_path, dmd_toml):
     assert Fork(*command("whole")).wait() == 0
     expected = result(tmp_path / "whole")
     assert [row["step"] for row in expected[0]] == [0, 1, 2]
-    for death in count(1):
+    for death in count(1, stride):
         run = tmp_path / str(death)
         if Fork(*command(run.name), death=death).wait() == 0:
             break
@@ -184,6 +185,7 @@ def test_killed_ten_times_at_random(tmp_path, dmd_toml):
 
 
 @pytest.mark.slow
+@pytest.mark.campaign
 def test_the_command_line_killed_at_random(dmd_toml):
     assert "40 rows and the tensors of student" in demonstrate(
         str(dmd_toml), "run.max_steps=40", kills=1, wait=0.5

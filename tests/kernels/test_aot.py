@@ -1,4 +1,4 @@
-"""Ahead of time: the checks can fail, machine code is read right, and the kernels pass on three targets."""
+"""Ahead of time: the checks can fail, machine code is read right, and kernels pass on two targets."""
 
 import json
 import os
@@ -273,7 +273,7 @@ def test_every_module_with_specs_is_listed():
     assert with_specs == set(aot.MODULES)
 
 
-def compiled(target: str, out: Path) -> Iterator[str]:
+def compiled(target: str, out: Path, *ops: str) -> Iterator[str]:
     # not in this process: triton is here with its interpreter
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     kernels = Path(aot.__file__).parents[1]
@@ -287,6 +287,8 @@ def compiled(target: str, out: Path) -> Iterator[str]:
         target,
         "--jobs",
         "1",
+        "--ops",
+        *ops,
     ]
     done = subprocess.run(command, env=environment, cwd=kernels, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -294,11 +296,12 @@ def compiled(target: str, out: Path) -> Iterator[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_kernels_pass(target, tmp_path):
-    assert list(compiled(target, tmp_path)) == []
+    """Compile two ops: all are `make aot`'s, and the largest `make regress`'s."""
+    assert list(compiled(target, tmp_path, "vsa_pool", "dmd_loss")) == []
     manifest = json.loads((tmp_path / target / "manifest.json").read_text(encoding="utf-8"))
-    assert len(manifest) == len({key(record) for record in manifest}) > 20
+    assert len(manifest) == len({key(record) for record in manifest}) == 6 + 7
     for record in manifest:
         assert (tmp_path / target / record["file"]).read_bytes()[:4] == b"\x7fELF"
         assert record["registers"] > 0

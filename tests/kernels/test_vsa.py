@@ -116,7 +116,8 @@ def test_topk_is_a_ceiling_of_tiles():
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients(case, backend):
     tiles, topk = CASES[case]
-    assert_as_exact_as_the_reference(inputs(tiles), tiles, topk)
+    heads = 2 if case == "ragged" else 1  # the interpreter is slow
+    assert_as_exact_as_the_reference(inputs(tiles, N=heads), tiles, topk)
 
 
 @pytest.mark.parametrize("scale", [1, 4, 16])
@@ -124,7 +125,7 @@ def test_input_scales(scale, backend, monkeypatch):
     """What recomputes S^T judges the triton kernels, which do; test_vsa_triton.py has a sharper test."""
     if backend == "triton":
         monkeypatch.setattr(reference, "attend", recomputed)
-    assert_as_exact_as_the_reference(inputs(RAGGED, scale=scale), RAGGED, 3)
+    assert_as_exact_as_the_reference(inputs(RAGGED, N=1, scale=scale), RAGGED, 3)
 
 
 @pytest.mark.parametrize("scale", [1, 4, 16])
@@ -195,7 +196,7 @@ def test_all_tiles_and_no_gate_is_dense_attention(tiles, backend):
     def dense(q, k, v, gate, tiles, topk):
         return nnf.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
-    x = inputs(tiles)
+    x = inputs(tiles, B=1)
     del x["gate"]
     got, want = (run(op, x, tiles, pair(tiles)[1].n) for op in (video_sparse_attention, dense))
     for name in want:
@@ -203,7 +204,7 @@ def test_all_tiles_and_no_gate_is_dense_attention(tiles, backend):
 
 
 def test_a_gate_of_zero_is_no_gate_but_learns(backend):
-    x = inputs(RAGGED)
+    x = inputs(RAGGED, B=1, N=1)
     x["gate"] = torch.zeros_like(x["gate"])
     shut = run(video_sparse_attention, x, RAGGED, 3)
     assert shut.pop("dgate").abs().min() > 0
@@ -224,7 +225,8 @@ def test_the_choice_has_no_gradient():
 
 
 def test_what_is_not_written_is_not_read(backend, monkeypatch):
-    want = run(video_sparse_attention, inputs(RAGGED), RAGGED, 3)
+    x = inputs(RAGGED, N=1)
+    want = run(video_sparse_attention, x, RAGGED, 3)
     empty, empty_like = torch.empty, torch.empty_like
 
     def poisoned(x: Tensor) -> Tensor:
@@ -232,17 +234,17 @@ def test_what_is_not_written_is_not_read(backend, monkeypatch):
 
     monkeypatch.setattr(torch, "empty", lambda *size, **kw: poisoned(empty(*size, **kw)))
     monkeypatch.setattr(torch, "empty_like", lambda *like, **kw: poisoned(empty_like(*like, **kw)))
-    got = run(video_sparse_attention, inputs(RAGGED), RAGGED, 3)
+    got = run(video_sparse_attention, x, RAGGED, 3)
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
 def test_two_runs_agree_bit_for_bit(backend):
-    first, again = (run(video_sparse_attention, inputs(RAGGED), RAGGED, 3) for _ in range(2))
+    first, again = (run(video_sparse_attention, inputs(RAGGED, B=1, N=1), RAGGED, 3) for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 def test_the_gradient_of_a_sum_is_expanded(backend):
-    x = inputs(RAGGED)
+    x = inputs(RAGGED, B=1, N=1)
     want = run(video_sparse_attention, x | {"dout": torch.ones_like(x["dout"])}, RAGGED, 3)
     got = run(video_sparse_attention, x | {"dout": torch.ones(()).expand_as(x["dout"])}, RAGGED, 3)
     assert all(torch.equal(got[name], want[name]) for name in want)

@@ -330,7 +330,9 @@ def test_a_unet_s_attention_is_in_float8_too(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("traced")
-@pytest.mark.parametrize("keys", [(), ("precision.frozen='float8'",)], ids=str)
+@pytest.mark.parametrize(
+    "keys", [pytest.param((), marks=pytest.mark.campaign), ("precision.frozen='float8'",)], ids=str
+)
 def test_compiled_blocks_have_the_same_gradients(tmp_path, monkeypatch, keys):
     config = wide(tmp_path, "dmd_lora", "precision.linear='float8'", *keys)
     eager = gradients(config, monkeypatch)

@@ -52,7 +52,16 @@ def test_a_new_family_is_trained_and_distilled(tmp_path):
     fastdmd("sample", str(tmp_path / "run"), "--out", str(tmp_path / "videos"), "--prompt", "a red ring")
     assert (tmp_path / "videos" / "00.webp").is_file()
 
+
+@pytest.mark.slow
+@pytest.mark.campaign
+def test_a_new_family_is_distilled_on_prompts(tmp_path):
+    scratch = of_dots(FLOW, tmp_path, **{'path = "{here}/wan"': ""})
     (tmp_path / "prompts.txt").write_text("a red ring\na blue square\n")
+    (tmp_path / "flow.toml").write_text(scratch + "[model.architecture]\nwidth = 8\n")
+    fastdmd("train", str(tmp_path / "flow.toml"), "run.max_steps=1")
+    fastdmd("export", str(tmp_path / "run"), "--out", str(tmp_path / "wan"))
+    (tmp_path / "dmd.toml").write_text(of_dots(DMD, tmp_path))
     prompts = f'data.sources=["{tmp_path}/prompts.txt"]'
     other = f'run.output_dir="{tmp_path}/free"'
     fastdmd("train", str(tmp_path / "dmd.toml"), prompts, other, "run.max_steps=1")

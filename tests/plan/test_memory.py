@@ -86,8 +86,19 @@ def allocated(run: Callable[[], object]) -> int:
     return most
 
 
-@pytest.mark.parametrize("heads", [4, pytest.param(8, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("form", FORMS)
+WIDE = ("dmd", "dmd_full", "dmd_sparse", "dmd_lora", "dmd_lora_selective", "dmd_lora_int8")
+
+
+@pytest.mark.parametrize(
+    ("form", "heads"),
+    [
+        *((form, 4) for form in FORMS),
+        *(
+            pytest.param(form, 8, marks=[pytest.mark.slow, *([] if form in WIDE else [pytest.mark.campaign])])
+            for form in FORMS
+        ),
+    ],
+)
 def test_the_peak_is_the_allocator_s_within_a_percent(tmp_path, form, heads, monkeypatch):
     """Compare the second step, when AdamW has its moments; a CPU does not round sizes up."""
     monkeypatch.setattr(live, "ROUND", 1)

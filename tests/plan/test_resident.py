@@ -26,7 +26,9 @@ HONEST = {
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no /proc of Linux")
-@pytest.mark.parametrize("keys", [(), ("memory.checkpointing='full'",)])
+@pytest.mark.parametrize(
+    "keys", [(), pytest.param(("memory.checkpointing='full'",), marks=pytest.mark.campaign)]
+)
 def test_the_peak_is_what_is_resident_within_five_percent(tmp_path, keys, monkeypatch):
     paths = {}
     for name, heads in (("small", 2), ("large", 16)):
