@@ -25,7 +25,8 @@ class Flops(NamedTuple):
 class Shapes(Net):
     """Stand in for a network: count each call by its shapes, and answer in the right ones.
 
-    A backward costs one forward for the inputs and one for the parameters, of which adapters are few.
+    A backward costs one forward for the inputs and one for the parameters, of which adapters are few; that of
+    attention, which has inputs alone, costs two.
     """
 
     def __init__(self, net: Net, learns: bool, device: torch.device, adapters: bool = False) -> None:
@@ -51,13 +52,18 @@ class Shapes(Net):
     def flops(self, shape: Iterable[int], text_tokens: int, call: Call = PLAIN) -> int:
         return self.real[0].flops(shape, text_tokens, call)
 
+    def attention_flops(self, shape: Iterable[int], text_tokens: int, call: Call = PLAIN) -> int:
+        return self.real[0].attention_flops(shape, text_tokens, call)
+
     def forward(self, x_t: Tensor, model_t: Tensor, cond: Cond, call: Call = PLAIN) -> Out:
         F = x_t * self.weight
         flops = self.flops(x_t.shape, cond.text.shape[1], call)
-        sides = 0
+        backward = 0
         if F.requires_grad:
-            sides = 2 if self.weight.requires_grad and not self.adapters else 1
-        self.count = Flops(self.count.forward + flops, self.count.backward + sides * flops)
+            whole = self.weight.requires_grad and not self.adapters
+            rest = flops if whole else self.attention_flops(x_t.shape, cond.text.shape[1], call)
+            backward = flops + rest
+        self.count = Flops(self.count.forward + flops, self.count.backward + backward)
         if call.write:
             call.cache.tokens += math.prod(self.real[0].grid(x_t.shape))
         inside = F.flatten(1).mean(1)[:, None, None]

@@ -19,6 +19,7 @@ from fastdmd.models.net import PLAIN, Net, Out
 from fastdmd.models.wan.net import Wan
 from fastdmd.run import build
 from fastdmd.schedule import FlowSchedule, coeffs
+from fastdmd_kernels.attention import use
 
 CPU = torch.device("cpu")
 SCHEDULE = FlowSchedule(3.0)
@@ -48,6 +49,21 @@ def test_a_call_is_counted_with_its_backward():
     assert not net.calls
 
 
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_backward_is_what_torch_counts(learns):
+    """Attention's has a gradient for both sides of its products, whether or not weights learn."""
+    net = Wan(replace(ARCHITECTURE, num_layers=2)).requires_grad_(learns)
+    x_t, t = torch.randn(1, 3, 8, 16, 16).requires_grad_(), torch.full((1,), 500.0)
+    cond = Cond(torch.randn(1, 2, 32))  # two tokens of text, which gets no gradient
+    with use("math"):
+        F = net(x_t, t, cond).F
+        with FlopCounterMode(display=False) as counter:
+            torch.autograd.grad(F.sum(), [x_t, *(p for p in net.parameters() if learns)])
+    counted = Shapes(net, learns, CPU)
+    counted(x_t, t, cond)
+    assert counted.count.backward == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
 @dataclass
 class Cost:
     """What one call of a network cost, by the network's own rules."""
@@ -73,8 +89,8 @@ class Calls:
         forward = net.flops(x_t.shape, cond.text.shape[1], call)
         # inputs, and parameters, of which adapters are few
         whole = any(p.requires_grad for name, p in net.named_parameters() if ".lora_" not in name)
-        sides = 2 if whole else 1
-        self.made.append(Cost(forward, sides * forward))
+        attention = net.attention_flops(x_t.shape, cond.text.shape[1], call)
+        self.made.append(Cost(forward, forward + (forward if whole else attention)))
 
     def end(self, net: Any, args: tuple[Any, ...], out: Out) -> None:
         cost = self.made[-1]

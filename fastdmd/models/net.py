@@ -99,6 +99,10 @@ class Net(nn.Module, ABC):
         They are those of products, convolutions and attention.
         """
 
+    def attention_flops(self, shape: Iterable[int], text_tokens: int, call: Call = PLAIN) -> int:
+        """Return the part of `flops` in which no side is a weight, so that a backward has two for each."""
+        return 0
+
     @abstractmethod
     def start_from_scratch(self) -> Self:
         """Set random weights to train from."""

@@ -272,17 +272,17 @@ def test_from_scratch_is_drawn_from_the_seed_and_starts_at_zero():
 @pytest.mark.parametrize("config", [TINY, GUIDED], ids=["plain", "guided"])
 def test_flops_equal_a_count_by_hooks(config):
     """Every linear and convolution by its output, every attention by its lengths."""
-    net, total = SDXL(config), 0
+    net, total, scores = SDXL(config), 0, 0
 
     def matrix(module, _, out):
         nonlocal total
         total += 2 * out.numel() * module.weight[0].numel()
 
     def attention(module, args, kwargs, out):
-        nonlocal total
+        nonlocal scores
         x, context = args[0], kwargs.get("encoder_hidden_states")
         keys = x if context is None else context
-        total += 4 * x.shape[0] * x.shape[1] * keys.shape[1] * module.inner_dim
+        scores += 4 * x.shape[0] * x.shape[1] * keys.shape[1] * module.inner_dim
 
     for module in net.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
@@ -292,4 +292,5 @@ def test_flops_equal_a_count_by_hooks(config):
     x_t, model_t, cond = inputs(config)
     with torch.no_grad():
         net(x_t, model_t, cond)
-    assert net.flops(x_t.shape, cond.text.shape[1]) == total
+    assert net.flops(x_t.shape, cond.text.shape[1]) == total + scores
+    assert net.attention_flops(x_t.shape, cond.text.shape[1]) == scores > 0

@@ -288,12 +288,18 @@ class SDXL(Net):
     def flops(self, shape: Iterable[int], text_tokens: int, call: Call = PLAIN) -> int:
         """Return multiply-adds x 2 of one forward of a latent [B, C, H, W], without adapters."""
         B, *latent = shape
-        return B * _flops(self.config, tuple(latent), text_tokens)
+        return B * sum(_flops(self.config, tuple(latent), text_tokens))
+
+    def attention_flops(self, shape: Iterable[int], text_tokens: int, call: Call = PLAIN) -> int:
+        """Return those of scores and of what they weigh, in one forward of a latent [B, C, H, W]."""
+        B, *latent = shape
+        _, attention = _flops(self.config, tuple(latent), text_tokens)
+        return B * attention
 
 
 @lru_cache(maxsize=32)
-def _flops(config: SDXLConfig, latent: tuple[int, ...], text_tokens: int) -> int:
-    """Count the FLOPs of one sample on the meta device."""
+def _flops(config: SDXLConfig, latent: tuple[int, ...], text_tokens: int) -> tuple[int, int]:
+    """Count the FLOPs of one sample's products with weights, and of its attention, on the meta device."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
@@ -306,4 +312,8 @@ def _flops(config: SDXLConfig, latent: tuple[int, ...], text_tokens: int) -> int
         )
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             net(x_t, torch.empty(1), cond)
-    return counter.get_total_flops()
+    by_op = counter.get_flop_counts()["Global"]
+    weighed = sum(
+        by_op.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution)
+    )
+    return weighed, counter.get_total_flops() - weighed

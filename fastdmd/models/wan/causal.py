@@ -183,10 +183,10 @@ class CausalWan(Wan):
         geometry = self.geometry(grid, x_t.device)
         return self.trunk(x_t, time, modulation, text, geometry, attentions, call)
 
-    def flops(self, shape: Iterable[int], text_tokens: int, call: Call = PLAIN) -> int:
+    def attention_flops(self, shape: Iterable[int], text_tokens: int, call: Call = PLAIN) -> int:
         """Return what Wan's does, of a block that also sees the tokens of the blocks in the cache."""
         B, *latent = shape
-        flops = super().flops((B, *latent), text_tokens, call)
+        flops = super().attention_flops((B, *latent), text_tokens, call)
         if call.cache is None:
             return flops
         pairs = math.prod(self.grid(latent)) * call.cache.tokens

@@ -194,26 +194,25 @@ class Wan(Net):
     def flops(self, shape: Iterable[int], text_tokens: int, call: Call = PLAIN) -> int:
         """Return multiply-adds x 2 of products and attention in one forward of a latent [B, C, T, H, W]."""
         B, *latent = shape
-        grid = self.grid(latent)
         S = text_tokens
         D = self.config.width
         c = self.config
-        L, patch = math.prod(grid), math.prod(c.patch_size)
-        sparse = call.attention if isinstance(call.attention, Sparse) else None
-        if sparse is None:
-            pairs = L * L
-        else:  # tiles are multiplied whole; the coarse branch has one token a tile
-            tiles = sparse.tiles
-            pairs = tiles.n * sparse.topk * tiles.slots**2 + tiles.n**2
-        own = 4 if sparse is None else 5  # projections of self-attention; the gate is one more
-        block = (
-            L * own * D * D
-            + 2 * pairs * D
-            + L * 2 * D * D
-            + S * 2 * D * D
-            + 2 * L * S * D
-            + 2 * L * D * c.ffn_dim
-        )
+        L, patch = math.prod(self.grid(latent)), math.prod(c.patch_size)
+        own = 5 if isinstance(call.attention, Sparse) else 4  # of self-attention; the gate is one more
+        block = L * (own + 2) * D * D + S * 2 * D * D + 2 * L * D * c.ffn_dim
         ends = L * D * patch * (c.in_channels + c.out_channels) + S * (c.text_dim + D) * D
         time = c.freq_dim * D + 7 * D * D
-        return 2 * B * (c.num_layers * block + ends + time)
+        products = 2 * B * (c.num_layers * block + ends + time)
+        return products + self.attention_flops((B, *latent), text_tokens, call)
+
+    def attention_flops(self, shape: Iterable[int], text_tokens: int, call: Call = PLAIN) -> int:
+        """Return those of scores and of what they weigh, of both attentions, in one forward."""
+        B, *latent = shape
+        L = math.prod(self.grid(latent))
+        pairs = L * L
+        if isinstance(
+            call.attention, Sparse
+        ):  # tiles are multiplied whole; the coarse branch has one token a tile
+            tiles = call.attention.tiles
+            pairs = tiles.n * call.attention.topk * tiles.slots**2 + tiles.n**2
+        return 4 * B * self.config.num_layers * (pairs + L * text_tokens) * self.config.width
