@@ -85,7 +85,7 @@ def test_levers_are_those_that_the_run_can_have(tmp_path):
     assert "precision.frozen = 'int8'" not in texts
     assert "memory.offload = 'block_inputs'" in texts
     keys = ("run.batch_size=1", "memory.checkpointing='full'", "memory.guidance='two_calls'")
-    config = make_config(tmp_path / "sdxl", "sdxl_dmd", *keys)
+    config = make_config(tmp_path / "sdxl", "sdxl_dmd", *keys, "validation.batch_size=1")
     (first, _), (text, changed) = levers(config)
     assert first == "precision.frozen = 'int8'"  # of the teacher
     assert text == "optim.student.name = 'adamw8bit' and optim.critic.name = 'adamw8bit'"
@@ -132,7 +132,7 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not(tmp_path):
 
 def test_another_phase_than_the_peak_s_may_limit_the_micro_batch(tmp_path):
     """With recomputed blocks the backward is the peak of one sample, and the forward that of forty."""
-    config = make_config(tmp_path, "dmd", *RECOMPUTED)
+    config = make_config(tmp_path, "dmd", *RECOMPUTED, "validation.batch_size=1")
     plan, of_forty = make_plan(config), plan_of(config, 40)
     assert plan.peak_phase.endswith("backward")
     assert of_forty.peak_phase.endswith("forward")
