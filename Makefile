@@ -16,7 +16,7 @@ test: .venv/.dev lint  ## everything that runs without a GPU, and the slowest 15
 capture: .venv/.dev  ## every method and phase as one graph per exit step: 15 minutes on 2 cores
 	$(BIN)/python -m pytest -n 2 --campaign tests/test_capture.py
 
-compiled: .venv/.dev  ## every tiny configuration compiled, five to machine code, two warmed: 20 minutes on 2 cores
+compiled: .venv/.dev  ## every tiny configuration compiled, six to machine code, two warmed: 20 minutes on 2 cores
 	$(BIN)/python -m pytest -n 2 --campaign -m campaign tests/test_compiled.py tests/test_warm_graphs.py tests/bench/test_block.py
 
 campaign: .venv/.dev  ## every test that takes minutes, those of capture and compiled too: an hour on 2 cores

@@ -121,7 +121,14 @@ def test_every_tiny_configuration_compiles(tmp_path, monkeypatch, name, mode):
 INDUCED = [
     *(
         (name, "blocks")
-        for name in ("tiny_dmd", "tiny_dmd_vsa", "tiny_sid", "tiny_lcm", "tiny_sdxl_lcm_lora")
+        for name in (
+            "tiny_dmd",
+            "tiny_dmd_vsa",
+            "tiny_sid",
+            "tiny_lcm",
+            "tiny_sdxl_lcm_lora",
+            "tiny_selfforcing_dmd",
+        )
     ),
     ("tiny_dmd", "step"),
 ]
