@@ -19,6 +19,7 @@ ORDER = (
     "sid",
     "lcm",
     "dmd_gan",
+    "dmd_lora",
     "dcm_semantic",
     "dcm_detail",
     "selfforcing_dmd",
