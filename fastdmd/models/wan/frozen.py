@@ -7,8 +7,10 @@ B batch, C channel, T frames, H W space, S text tokens.
 # pyright: basic
 
 from collections.abc import Sequence
+from html import unescape
 from typing import Any
 
+import ftfy
 import torch
 from torch import Tensor
 
@@ -18,6 +20,11 @@ from fastdmd.models.component import SAFE
 from fastdmd.models.lowbit import store_low_bit
 
 TEXT_TOKENS = 512
+
+
+def clean(prompt: str) -> str:
+    """Return a prompt as WanPipeline takes it: mended, HTML unescaped twice, single spaces."""
+    return " ".join(unescape(unescape(ftfy.fix_text(prompt))).split())
 
 
 class TextEncoder:
@@ -47,7 +54,7 @@ class TextEncoder:
         done, progress = [], Progress("encoding prompts", len(prompts))
         for first in range(0, len(prompts), batch_size):
             tokens = self.tokenizer(
-                [" ".join(prompt.split()) for prompt in prompts[first : first + batch_size]],
+                [clean(prompt) for prompt in prompts[first : first + batch_size]],
                 padding="max_length",
                 max_length=TEXT_TOKENS,
                 truncation=True,
